@@ -1,0 +1,105 @@
+"""The errors of loraplex. No word of HTTP here: `loraplex.api.errors` maps classes to status codes.
+
+    LoraplexError
+    ├── InvalidRequest              the request cannot be served as it is written
+    │   ├── InvalidName             a name outside the grammar
+    │   └── ContextLengthExceeded   prompt + max_tokens do not fit the model
+    ├── ModelNotFound               no base, adapter or version of that name
+    ├── AdapterError                about the files or the life of one adapter
+    │   ├── AdapterInvalid          not a LoRA for this base, or not one we understand exactly
+    │   ├── PickleRefused           weights in a format that can run code
+    │   ├── AdapterTooLarge         more bytes than this server accepts
+    │   ├── AdapterConflict         the name is taken
+    │   └── AdapterLoadFailed       an accepted adapter could not be read back (disk, corruption)
+    ├── StorageFull                 the disk refuses
+    ├── Overloaded                  the waiting queue is full; try again later
+    ├── NotReady                    starting, draining or dead
+    ├── RequestFailed               an accepted request ended with an error inside the engine
+    └── StartupError                a setting, model or device the server cannot start with
+        └── UnsupportedModel        an architecture refused by name
+
+Every message says what is wrong, why, and what to do next.
+"""
+
+
+class LoraplexError(Exception):
+    """Root. `message` is shown to the user; `code` is a stable machine-readable word."""
+
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(LoraplexError):
+    code = "invalid_request"
+
+
+class InvalidName(InvalidRequest):
+    code = "invalid_name"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(LoraplexError):
+    code = "model_not_found"
+
+
+class AdapterError(LoraplexError):
+    code = "adapter_error"
+
+
+class AdapterInvalid(AdapterError):
+    code = "adapter_invalid"
+
+
+class PickleRefused(AdapterError):
+    code = "pickle_refused"
+
+
+class AdapterTooLarge(AdapterError):
+    code = "request_too_large"
+
+
+class AdapterConflict(AdapterError):
+    code = "adapter_conflict"
+
+
+class AdapterLoadFailed(AdapterError):
+    code = "adapter_load_failed"
+
+
+class StorageFull(LoraplexError):
+    code = "insufficient_storage"
+
+
+class Overloaded(LoraplexError):
+    """`retry_after`: seconds after which another try is sensible."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: int = 1):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotReady(LoraplexError):
+    code = "not_ready"
+
+
+class RequestFailed(LoraplexError):
+    code = "engine_error"
+
+
+class StartupError(LoraplexError):
+    code = "startup_error"
+
+
+class UnsupportedModel(StartupError):
+    code = "unsupported_model"
