@@ -11,7 +11,7 @@ Row invariance: what an op gives for a token is bit-equal whatever else is in th
 order fixed by the token's own data alone (its context length, the rank, the feature count).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -88,7 +88,6 @@ class ModulePool:
     offset_a: Tensor
     offset_b: Tensor
     scaling: Tensor
-    scratch: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Ops(Protocol):
