@@ -1,0 +1,191 @@
+"""AdapterPlan: which matrices of a file go to which modules of the base, decided without reading a value.
+
+Every tensor of the file is used, and every module that the config selects has its two tensors; anything else is
+refused by name. So nothing is silently ignored.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from loraplex.errors import AdapterInvalid
+from loraplex.lora.headers import SafetensorsHeader, TensorInfo
+from loraplex.lora.peft import PeftConfig
+from loraplex.lora.text import listed, shown
+from loraplex.lora.weights import ModuleShape, slab_numel
+
+# alpha of 16 to 64 on rank 8 to 64 is usual; a factor beyond this is a typing error or an attack on the numerics
+MAX_SCALING = 1024.0
+
+_PREFIX = "base_model.model."
+# base_model.model.<module>.lora_A[.<adapter name>].weight
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+_NOT_SERVED = (
+    (re.compile(r"\.lora_embedding_[AB](\.|$)"), "a LoRA on an embedding is not served yet"),
+    (re.compile(r"\.lora_magnitude_vector(\.|$)"), "DoRA is not served yet"),
+    (re.compile(r"\.base_layer\."), "copies of the base's own weights are not served yet"),
+    (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "a bias of a LoRA matrix is not served yet"),
+    (re.compile(r"\.modules_to_save\."), "whole trained modules are not served yet"),
+    (re.compile(r"\.token_adapter\.|\.trainable_tokens_"), "trained token rows are not served yet"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModulePlan:
+    """One module's LoRA: A is the tensor `key_a` [rank, in_features], B is `key_b` [out_features, rank]."""
+
+    shape: ModuleShape
+    rank: int
+    scaling: float
+    key_a: str
+    key_b: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """The modules of one adapter in the base's order, by name, and remarks for whoever uploaded it."""
+
+    modules: Mapping[str, ModulePlan]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def max_rank(self) -> int:
+        return max((module.rank for module in self.modules.values()), default=0)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the slab."""
+        return slab_numel((module.shape, module.rank) for module in self.modules.values())
+
+
+def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> AdapterPlan:
+    """Match the file's tensors to the `targets` of the base. Raises AdapterInvalid naming the first thing amiss."""
+    halves = _halves(header)
+    rules = config.rules()
+    selected = [name for name in targets if rules.selects(name)]
+    _check_modules(halves, selected, targets)
+    modules: dict[str, ModulePlan] = {}
+    for name in selected:
+        module = ModulePlan(
+            targets[name], rules.rank_of(name), rules.scaling_of(name), halves[name]["A"], halves[name]["B"]
+        )
+        _check_shapes(module, header.tensors)
+        _check_scaling(module)
+        modules[name] = module
+    if not any(module.scaling for module in modules.values()):
+        raise AdapterInvalid(
+            "The adapter has no effect: lora_alpha is 0 for every module. Correct lora_alpha in adapter_config.json.",
+            param="config",
+        )
+    notes = [f"target_modules names {shown(name)}, which no LoRA module of this base has" for name in
+             rules.unmatched(list(targets))]  # fmt: skip
+    return AdapterPlan(MappingProxyType(modules), tuple(notes[:20]))
+
+
+def _refused(message: str) -> AdapterInvalid:
+    return AdapterInvalid(message, param="weights")
+
+
+def _halves(header: SafetensorsHeader) -> dict[str, dict[str, str]]:
+    """The file's keys by module name and half ("A" or "B")."""
+    halves: dict[str, dict[str, str]] = {}
+    adapters: set[str | None] = set()
+    for key in header.tensors:
+        # torch.compile puts _orig_mod. in front of whatever was compiled
+        found = _KEY.fullmatch(key.replace("_orig_mod.", ""))
+        if found is None:
+            raise _refused(_why_unknown(key))
+        other = halves.setdefault(found["module"], {}).setdefault(found["half"], key)
+        if other != key:
+            raise _refused(
+                f"The tensors {shown(other, 160)} and {shown(key, 160)} are both lora_{found['half']} of one module. "
+                "Save one adapter a file."
+            )
+        adapters.add(found["adapter"])
+    if len(adapters) > 1:
+        raise _refused(
+            f"The file mixes tensors of several adapters ({listed(sorted(map(str, adapters)))}). "
+            "Save one adapter a file with PEFT's save_pretrained."
+        )
+    return halves
+
+
+def _why_unknown(key: str) -> str:
+    for pattern, why in _NOT_SERVED:
+        if pattern.search(key):
+            return f"The tensor {shown(key, 160)} cannot be used: {why}. Train the adapter without it."
+    return (
+        f"The tensor {shown(key, 160)} is not a LoRA matrix in PEFT's spelling, which is "
+        f"{_PREFIX}<module>.lora_A.weight and {_PREFIX}<module>.lora_B.weight. "
+        "Save the adapter with PEFT's save_pretrained."
+    )
+
+
+def _check_modules(
+    halves: dict[str, dict[str, str]], selected: list[str], targets: Mapping[str, ModuleShape]
+) -> None:
+    chosen = set(selected)
+    for name, keys in halves.items():
+        key = next(iter(keys.values()))
+        if name not in targets:
+            raise _refused(_why_no_target(name, key, targets))
+        if name not in chosen:
+            raise _refused(
+                f"The tensor {shown(key, 160)} is for a module that adapter_config.json does not select (by "
+                "target_modules, exclude_modules or layers_to_transform), so PEFT would leave it out. "
+                "Send the config and the weights of one save_pretrained."
+            )
+        if missing := {"A", "B"} - keys.keys():
+            raise _refused(
+                f"The tensor {shown(key, 160)} lacks its other half, lora_{missing.pop()} of {shown(name, 160)}. "
+                "Save the adapter again; both are needed."
+            )
+    if lacking := [name for name in selected if name not in halves]:
+        raise _refused(
+            f"adapter_config.json selects {listed(lacking)}, and the file has no tensors for that. "
+            "Send the config and the weights of one save_pretrained."
+        )
+    if not selected:
+        raise _refused(
+            "The adapter has no effect: adapter_config.json selects no LoRA module of this base. "
+            "Check that the adapter was trained on this base."
+        )
+
+
+def _why_no_target(name: str, key: str, targets: Mapping[str, ModuleShape]) -> str:
+    message = f"The tensor {shown(key, 160)} is for {shown(name, 160)}, which is no LoRA module of this base."
+    # a wrapper's prefix (language_model., an extra model.) is the usual cause; compare by the last three parts
+    tail = ".".join(name.split(".")[-4:])
+    alike = [target for target in targets if target.endswith(tail)] or difflib.get_close_matches(
+        name, targets, 1
+    )
+    if alike:
+        return (
+            f"{message} Did you mean {shown(_PREFIX + alike[0], 160)}? Save the adapter with that spelling."
+        )
+    return (
+        f"{message} Its modules are {listed(list(targets))}. Check that the adapter was trained on this base."
+    )
+
+
+def _check_shapes(module: ModulePlan, tensors: Mapping[str, TensorInfo]) -> None:
+    for key, expected in (
+        (module.key_a, (module.rank, module.shape.in_features)),
+        (module.key_b, (module.shape.out_features, module.rank)),
+    ):
+        if tensors[key].shape != expected:
+            raise _refused(
+                f"The tensor {shown(key, 160)} has the shape {list(tensors[key].shape)}; rank {module.rank} on this "
+                f"base needs {list(expected)}. Check r and rank_pattern, and that the adapter was trained on this base."
+            )
+
+
+def _check_scaling(module: ModulePlan) -> None:
+    if abs(module.scaling) > MAX_SCALING:
+        raise AdapterInvalid(
+            f"The scaling of {shown(module.shape.name, 160)} is {module.scaling:g} (alpha / r); the limit is "
+            f"{MAX_SCALING:g}. Check lora_alpha and alpha_pattern in adapter_config.json.",
+            param="config",
+        )
