@@ -1,0 +1,139 @@
+"""AdapterCache: the RAM tier. Least recently used, counted in bytes, with leases, pins and reservations.
+
+    currsize (resident) + reserved (loads under way) <= maxsize
+
+Touched by the engine thread only, so it needs no lock. `popitem` is the one place where an adapter leaves on its own;
+it passes over what is leased, pinned or protected.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+from cachetools import Cache, LRUCache
+
+if TYPE_CHECKING:
+    from loraplex.lora.weights import LoRAWeights
+
+
+class AdapterCache(LRUCache):
+    """digest -> LoRAWeights. `on_evict(digest)` is called for every adapter that leaves, for whatever reason."""
+
+    def __init__(self, maxsize: int, on_evict: Callable[[str], None] = lambda digest: None):
+        super().__init__(maxsize, getsizeof=lambda weights: weights.nbytes)
+        self._on_evict = on_evict
+        self._leases: Counter[str] = Counter()
+        self._pins: set[str] = set()
+        self._protected: Collection[str] = ()
+        self._reserved: dict[str, int] = {}
+        self.num_evictions = 0
+
+    def peek(self, digest: str) -> "LoRAWeights":
+        """The adapter, without counting as a use. KeyError when it is not resident."""
+        return Cache.__getitem__(self, digest)
+
+    # -- leases: uses by running sequences --------------------------------------------------------------------
+
+    def acquire(self, digest: str) -> None:
+        """Lease a resident adapter: it stays until as many `release` calls."""
+        self[digest]  # touches the LRU order; KeyError when it is not resident
+        self._leases[digest] += 1
+
+    def release(self, digest: str) -> None:
+        if self._leases[digest] < 1:
+            raise ValueError(f"adapter {digest} is not leased")
+        self._leases[digest] -= 1
+        if not self._leases[digest]:
+            del self._leases[digest]
+
+    def num_leases(self, digest: str) -> int:
+        return self._leases[digest]
+
+    @property
+    def leased(self) -> set[str]:
+        return set(self._leases)
+
+    # -- pins: the operator's wish ----------------------------------------------------------------------------
+
+    def pin(self, digest: str) -> None:
+        self._pins.add(digest)
+
+    def unpin(self, digest: str) -> None:
+        self._pins.discard(digest)
+
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self._pins
+
+    # -- loads ------------------------------------------------------------------------------------------------
+
+    @property
+    def reserved_bytes(self) -> int:
+        return sum(self._reserved.values())
+
+    def reserve(self, digest: str, nbytes: int, protected: Collection[str]) -> bool:
+        """Set `nbytes` aside for a load, evicting what is neither in use nor `protected`; False and nothing evicted
+        when that cannot be enough."""
+        free = self.maxsize - self.currsize - self.reserved_bytes
+        evictable = sum(
+            self.peek(other).nbytes for other in self if not self._is_held(other) and other not in protected
+        )
+        if nbytes > free + evictable:
+            return False
+        self._protected = protected
+        try:
+            while nbytes > self.maxsize - self.currsize - self.reserved_bytes:
+                self.popitem()
+        finally:
+            self._protected = ()
+        self._reserved[digest] = nbytes
+        return True
+
+    def cancel_reservation(self, digest: str) -> None:
+        self._reserved.pop(digest, None)
+
+    def insert(self, weights: "LoRAWeights") -> None:
+        """Make a loaded adapter resident in the room reserved for it. ValueError when it is larger than that."""
+        reserved = self._reserved.pop(weights.digest, 0)
+        if weights.nbytes > reserved:
+            raise ValueError(f"adapter {weights.digest} has {weights.nbytes} bytes, {reserved} were reserved")
+        self[weights.digest] = weights
+
+    # -- eviction ---------------------------------------------------------------------------------------------
+
+    def popitem(self) -> tuple[str, "LoRAWeights"]:
+        """Evict the least recently used adapter that may go. KeyError when none may."""
+        held = []
+        try:
+            while True:
+                digest, weights = super().popitem()
+                if self._is_held(digest) or digest in self._protected:
+                    held.append((digest, weights))
+                    continue
+                self.num_evictions += 1
+                self._on_evict(digest)
+                return digest, weights
+        finally:
+            for digest, weights in held:  # in use or about to be: they return as the most recently used
+                self[digest] = weights
+
+    def evict(self, digest: str) -> None:
+        """Let one adapter go now. ValueError while it is leased."""
+        if self._leases[digest]:
+            raise ValueError(f"adapter {digest} is in use")
+        if digest in self:
+            del self[digest]
+            self._on_evict(digest)
+
+    def clear(self) -> None:
+        for digest in list(self):
+            self.evict(digest)
+
+    def _is_held(self, digest: str) -> bool:
+        return bool(self._leases.get(digest)) or digest in self._pins
+
+    def check_integrity(self) -> None:
+        assert self.currsize == sum(self.peek(digest).nbytes for digest in self), "currsize differs from the contents"
+        assert self.currsize + self.reserved_bytes <= self.maxsize, "the RAM tier is over its budget"
+        for digest in self._leases:
+            assert digest in self, f"leased adapter {digest} is not resident"
+        assert not set(self._reserved) & set(self), "a resident adapter holds a reservation"

@@ -1,0 +1,144 @@
+"""ForwardBatch: a scheduled step as flat tensors, and the buffers it is written into.
+
+T tokens of all sequences stand side by side in the order of the batch's entries, padded to a multiple of ROW_MULTIPLE
+rows; R of them need logits (each sequence's last token, and prompt positions whose logprobs were asked for).
+The buffers are allocated once; a batch is views into them, valid until the next one is built.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.scheduler import ScheduledBatch, ScheduledSequence
+from loraplex.model.linear import ROW_MULTIPLE
+from loraplex.ops import AttentionMetadata, LoRASegments
+
+
+@dataclass(frozen=True, slots=True)
+class LogitRows:
+    """Rows start:end of the logits belong to one entry. `first_position`: the sequence position of row `start`;
+    the logits at position p are about token p + 1."""
+
+    start: int
+    end: int
+    first_position: int
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """input_ids, positions int64 [1, T]; logit_indices int64 [R padded]; `rows[i]` of entry i."""
+
+    input_ids: Tensor
+    positions: Tensor
+    attn: AttentionMetadata
+    lora: LoRASegments | None
+    logit_indices: Tensor
+    num_logit_rows: int
+    rows: tuple[LogitRows, ...]
+
+
+class BatchBuffers:
+    def __init__(self, config: EngineConfig, device: torch.device):
+        self._block_size = config.block_size
+        self._device = device
+        num_tokens = config.max_num_batched_tokens + ROW_MULTIPLE
+        num_seqs = config.max_num_seqs
+        num_segments = num_seqs * config.max_loras
+        max_blocks = -(-config.max_model_len // config.block_size)
+        self._input_ids = np.zeros(num_tokens, np.int64)
+        self._positions = np.zeros(num_tokens, np.int64)
+        self._slots = np.zeros(num_tokens, np.int64)
+        self._logit_indices = np.zeros(num_tokens, np.int64)
+        self._cu_seqlens = np.zeros(num_seqs + 1, np.int32)
+        self._seq_lens = np.zeros(num_seqs, np.int32)
+        self._block_tables = np.zeros((num_seqs, max_blocks), np.int32)
+        self._segments = np.zeros((4, num_segments), np.int32)  # start, end, place, offset
+        self._scales = np.zeros(num_segments, np.float32)
+
+    def build(self, batch: ScheduledBatch, max_rank_of) -> ForwardBatch:
+        """`max_rank_of(places)`: the largest rank of the adapters in those places."""
+        token = row = 0
+        rows = []
+        for index, entry in enumerate(batch.entries):
+            self._write_tokens(index, entry, token)
+            entry_rows = self._write_logit_rows(entry, token, row)
+            rows.append(entry_rows)
+            token += entry.num_new_tokens
+            row = entry_rows.end
+        padded = _padded(token)
+        self._input_ids[token:padded] = 0
+        self._positions[token:padded] = 0
+        self._logit_indices[row : _padded(row)] = 0
+        count = len(batch.entries)
+        attn = AttentionMetadata(
+            self._tensor(self._cu_seqlens[: count + 1]),
+            self._tensor(self._seq_lens[:count]),
+            self._tensor(self._block_tables[:count]),
+            self._tensor(self._slots[:token]),
+            self._block_size,
+        )
+        return ForwardBatch(
+            self._tensor(self._input_ids[:padded]).unsqueeze(0),
+            self._tensor(self._positions[:padded]).unsqueeze(0),
+            attn,
+            self._write_segments(batch, max_rank_of),
+            self._tensor(self._logit_indices[: _padded(row)]),
+            row,
+            tuple(rows),
+        )
+
+    def _write_tokens(self, index: int, entry: ScheduledSequence, token: int) -> None:
+        seq, size = entry.seq, self._block_size
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + entry.num_new_tokens
+        stop = token + entry.num_new_tokens
+        blocks = self._block_tables[index]
+        blocks[: len(seq.block_table)] = seq.block_table
+        positions = np.arange(start, end)
+        self._input_ids[token:stop] = seq.token_ids[start:end]
+        self._positions[token:stop] = positions
+        self._slots[token:stop] = blocks[positions // size].astype(np.int64) * size + positions % size
+        self._cu_seqlens[index + 1] = stop
+        self._seq_lens[index] = end
+
+    def _write_logit_rows(self, entry: ScheduledSequence, token: int, row: int) -> LogitRows:
+        """Every position whose next token is an unreported prompt token, and the last one if a token is due."""
+        seq = entry.seq
+        start, end = seq.num_computed_tokens, seq.num_computed_tokens + entry.num_new_tokens
+        first = end - 1 if entry.is_last_chunk else end
+        if seq.wants_prompt_logprobs and seq.num_prompt_logprobs < seq.num_prompt_tokens - 1:
+            first = min(first, max(start, seq.num_prompt_logprobs))
+        count = end - first
+        self._logit_indices[row : row + count] = np.arange(token + first - start, token + end - start)
+        return LogitRows(row, row + count, first)
+
+    def _write_segments(self, batch: ScheduledBatch, max_rank_of) -> LoRASegments | None:
+        count = token = num_rows = 0
+        entry_index = 0
+        entries = batch.entries
+        while entry_index < len(entries):
+            composition, places = entries[entry_index].seq.request.composition, entries[entry_index].places
+            end = token
+            while entry_index < len(entries) and entries[entry_index].seq.request.composition == composition:
+                end += entries[entry_index].num_new_tokens
+                entry_index += 1
+            for use, place in zip(composition, places, strict=True):
+                self._segments[:, count] = (token, end, place, num_rows)
+                self._scales[count] = use.scale
+                num_rows += end - token
+                count += 1
+            token = end
+        if count == 0:
+            return None
+        start, end_, place, offset = (self._tensor(self._segments[i, :count]) for i in range(4))
+        max_rank = max_rank_of(self._segments[2, :count].tolist())
+        return LoRASegments(start, end_, place, self._tensor(self._scales[:count]), offset, num_rows, max_rank)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _padded(count: int) -> int:
+    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE

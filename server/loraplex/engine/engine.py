@@ -1,0 +1,217 @@
+"""Engine: schedule, execute, update, emit. Synchronous; one thread; no asyncio, names or text."""
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from loraplex.engine.adapter_cache import AdapterCache
+from loraplex.engine.adapter_loads import AdapterLoads, ReadAdapter
+from loraplex.engine.adapter_places import AdapterPlaces
+from loraplex.engine.block_manager import BlockManager
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput, StepOutput
+from loraplex.engine.runner import ModelRunner
+from loraplex.engine.scheduler import ScheduledBatch, Scheduler
+from loraplex.engine.sequence import Sequence
+
+MAX_FAILED_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for metrics and the start panel. Counters grow for the life of the process."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    num_preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    num_steps: int
+    num_generated: int
+    ram_bytes: int
+    ram_budget: int
+    num_loads: int
+    num_ram_evictions: int
+    ram_digests: tuple[str, ...]
+    device_digests: tuple[str, ...]
+    waiting_digests: tuple[str, ...]
+    running_digests: tuple[str, ...]
+
+
+class EngineDied(Exception):
+    """The engine cannot go on: three failed steps in a row, a device error or broken bookkeeping."""
+
+
+class Engine:
+    def __init__(self, runner: ModelRunner, read_adapter: ReadAdapter, on_load: Callable[[], None] = lambda: None):
+        config = runner.config
+        self.config: EngineConfig = config
+        self.runner = runner
+        self.loads = AdapterLoads(read_adapter, config.max_concurrent_loads, on_load)
+        self.places = AdapterPlaces(config.max_loras)
+        self.cache = AdapterCache(config.adapter_cache_bytes, on_evict=self._forget_place)
+        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
+        self._sequences: dict[str, Sequence] = {}
+        self.last_error: str | None = None  # the traceback of the latest failed step
+        self._num_failed_steps = 0
+        self._num_generated = 0
+        self._num_loads = 0
+
+    # -- coming and going -------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> SequenceOutput | None:
+        """Queue a request; returns the output that ends it when it cannot be served at all."""
+        failure = self._refusal(request)
+        if failure is not None:
+            return SequenceOutput(request.seq_id, finish_reason=FinishReason.ERROR, failure=failure)
+        seq = Sequence(request, arrival=0)
+        self._sequences[request.seq_id] = seq
+        self.scheduler.add(seq)
+        return None
+
+    def abort(self, seq_id: str) -> None:
+        """End a sequence wherever it is; unknown and finished ones are fine."""
+        seq = self._sequences.pop(seq_id, None)
+        if seq is not None:
+            self.scheduler.abort(seq)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    # -- the step ---------------------------------------------------------------------------------------------
+
+    def step(self) -> StepOutput:
+        """One step for everything that can run. Raises EngineDied when it is no use going on."""
+        outputs = self._take_loads()
+        batch = self.scheduler.schedule()
+        if batch.entries:
+            try:
+                results = self.runner.execute(batch)
+                outputs += self.scheduler.update(batch, results)
+                self._num_failed_steps = 0
+            except Exception as error:  # whatever it was: it ends this batch, not the server
+                outputs += self._survive(batch, error)
+        return self._emit(outputs)
+
+    def _take_loads(self) -> list[SequenceOutput]:
+        outputs = []
+        for load in self.loads.poll():
+            self._num_loads += 1
+            outputs += self.scheduler.finish_load(load)
+        return outputs
+
+    def _emit(self, outputs: list[SequenceOutput]) -> StepOutput:
+        for output in outputs:
+            self._num_generated += output.token_id is not None
+            if output.finish_reason is not None:
+                del self._sequences[output.seq_id]
+        return StepOutput(self.scheduler.step, tuple(outputs))
+
+    def _survive(self, batch: ScheduledBatch, error: Exception) -> list[SequenceOutput]:
+        self._num_failed_steps += 1
+        failure = Failure("engine_step_failed", f"The engine failed while computing this request: {describe(error)}.")
+        outputs = self.scheduler.fail(batch, failure)
+        self.last_error = "".join(traceback.format_exception(error))
+        try:
+            self.check_integrity()
+        except AssertionError as broken:
+            raise EngineDied(f"bookkeeping broke in a failed step: {broken}") from error
+        if self._num_failed_steps >= MAX_FAILED_STEPS:
+            raise EngineDied(f"{MAX_FAILED_STEPS} steps in a row failed, the last with {describe(error)}") from error
+        if is_device_error(error):
+            raise EngineDied(f"the device failed: {describe(error)}") from error
+        return outputs
+
+    # -- commands and views -----------------------------------------------------------------------------------
+
+    def run_command(self, name: str, arguments: dict[str, Any]) -> Any:
+        """A named verb between steps. ValueError for an unknown one."""
+        if name == "stats":
+            return self.stats()
+        if name == "evict":
+            for digest in arguments["digests"]:
+                if not self.cache.num_leases(digest):
+                    self.cache.unpin(digest)
+                    self.cache.evict(digest)
+            return None
+        raise ValueError(f"the engine knows no command {name!r}")
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            kv_usage=self.blocks.usage,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries=scheduler.num_prefix_queries,
+            prefix_hits=scheduler.num_prefix_hits,
+            num_steps=scheduler.step,
+            num_generated=self._num_generated,
+            ram_bytes=int(self.cache.currsize),
+            ram_budget=int(self.cache.maxsize),
+            num_loads=self._num_loads,
+            num_ram_evictions=self.cache.num_evictions,
+            ram_digests=tuple(self.cache),
+            device_digests=tuple(self.places.digests),
+            waiting_digests=tuple({d for seq in scheduler.waiting for d in seq.digests}),
+            running_digests=tuple({d for seq in scheduler.running for d in seq.digests}),
+        )
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError when any bookkeeping disagrees with itself."""
+        self.scheduler.check_integrity()
+        live = {seq.seq_id for seq in self.scheduler.sequences}
+        assert live <= set(self._sequences), "a scheduled sequence is unknown to the engine"
+        for digest in self.places.digests:
+            place = self.places.place_of(digest)
+            assert self.runner.pool.digest_in(place) in (digest, None), f"place {place} holds another adapter"
+
+    def close(self) -> None:
+        self.loads.close()
+
+    def _forget_place(self, digest: str) -> None:
+        place = self.places.release(digest)
+        if place is not None:
+            self.runner.pool.clear(place)
+
+    def _refusal(self, request: EngineRequest) -> Failure | None:
+        config = self.config
+        if request.seq_id in self._sequences:
+            return Failure("duplicate_request", f"A sequence {request.seq_id!r} is running already.")
+        if not request.token_ids:
+            return Failure("invalid_request", "The prompt has no tokens.")
+        if len(request.token_ids) + request.params.max_tokens > config.max_model_len:
+            return Failure(
+                "context_length_exceeded",
+                f"This model's maximum context length is {config.max_model_len} tokens; the prompt has "
+                f"{len(request.token_ids)} and max_tokens is {request.params.max_tokens}.",
+            )
+        if len(self.scheduler.waiting) >= config.max_waiting:
+            return Failure("overloaded", f"{config.max_waiting} requests are waiting already.")
+        digests = [use.digest for use in request.composition]
+        if len(set(digests)) != len(digests) or len(digests) > config.max_loras:
+            return Failure("invalid_request", f"A composition takes at most {config.max_loras} different adapters.")
+        if sum(use.nbytes for use in request.composition) > config.adapter_cache_bytes:
+            return Failure(
+                "adapter_too_large",
+                f"The adapter needs {sum(use.nbytes for use in request.composition)} bytes in RAM and the cache has "
+                f"{config.adapter_cache_bytes}; start the server with a larger --adapter-cache-bytes.",
+            )
+        return None
+
+
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Whether the accelerator itself is gone: its context cannot be used after such an error. Running out of its
+    memory ends a batch only."""
+    import torch
+
+    accelerator_error = getattr(torch, "AcceleratorError", ())
+    return isinstance(error, accelerator_error) and not isinstance(error, torch.cuda.OutOfMemoryError)

@@ -1,0 +1,126 @@
+"""ModelRunner: owns the wrapped model, the paged cache and the adapter pool; turns a scheduled step into results."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from loraplex.engine.adapter_pool import AdapterPool
+from loraplex.engine.batch import BatchBuffers, ForwardBatch, LogitRows
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.messages import Failure, TokenLogprobs
+from loraplex.engine.sampler import Sampler
+from loraplex.engine.scheduler import RowResult, ScheduledBatch, ScheduledSequence
+from loraplex.lora.weights import ModuleShape
+from loraplex.model.attention import KVCache, LayerGeometry, PagedStep
+from loraplex.model.loader import BaseModel
+from loraplex.model.lora_layers import wrap_linears
+from loraplex.model.step_context import StepContext
+from loraplex.ops import Ops, select_ops
+
+_NOT_FINITE = Failure(
+    "non_finite_logits",
+    "The model's output for this request is not a number (NaN or infinite). Its adapter or its base produces values "
+    "outside the number format; other requests are not affected.",
+)
+
+
+class ModelRunner:
+    def __init__(
+        self,
+        base: BaseModel,
+        geometry: Mapping[int, LayerGeometry],
+        config: EngineConfig,
+        ops: Ops | None = None,
+    ):
+        self.base = base
+        self.config = config
+        self.ops = ops if ops is not None else select_ops(base.device)
+        self.cache = KVCache(dict(geometry), config.num_blocks, config.block_size, base.dtype, base.device)
+        self.pool = AdapterPool(base.targets, config.max_loras, base.device)
+        self._context = StepContext()
+        wrap_linears(base.model, self.pool.modules, self._context, self.ops)
+        self._buffers = BatchBuffers(config, base.device)
+        self._sampler = Sampler(config.eos_token_ids)
+
+    @property
+    def targets(self) -> Mapping[str, ModuleShape]:
+        return self.base.targets
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> list[RowResult]:
+        """One step: adapters into their places, one forward pass for all rows, sampling. One result per entry."""
+        for place, weights in batch.adapter_loads:
+            self.pool.load(place, weights)
+        forward = self._buffers.build(batch, self.pool.max_rank)
+        logits, _ = self.forward(forward)
+        return self._results(batch, forward.rows, logits)
+
+    def forward(self, batch: ForwardBatch) -> tuple[Tensor, PagedStep]:
+        """Logits float32 [R, V] of the rows that need them, and the step as the attention layers saw it."""
+        step = PagedStep(self.ops, self.cache, batch.attn)
+        with self._context.running(batch.lora):
+            output = self.base.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.positions,
+                use_cache=False,
+                logits_to_keep=batch.logit_indices,
+                paged=step,
+            )
+        return output.logits[0, : batch.num_logit_rows].float(), step
+
+    @torch.inference_mode()
+    def logits(self, batch: ScheduledBatch) -> tuple[Tensor, PagedStep, tuple[LogitRows, ...]]:
+        """The forward pass of a step without sampling, for proofs and tests."""
+        for place, weights in batch.adapter_loads:
+            self.pool.load(place, weights)
+        forward = self._buffers.build(batch, self.pool.max_rank)
+        logits, step = self.forward(forward)
+        return logits, step, forward.rows
+
+    def _results(self, batch: ScheduledBatch, rows: tuple[LogitRows, ...], logits: Tensor) -> list[RowResult]:
+        is_finite = logits.amax(-1).isfinite().tolist() if len(logits) else []
+        sampled = [
+            (index, rows[index].end - 1, entry.seq)
+            for index, entry in enumerate(batch.entries)
+            if entry.is_last_chunk and entry.seq.request.params.max_tokens > 0
+        ]
+        if len(sampled) == len(logits):
+            chosen_logits = logits
+        else:
+            chosen_logits = logits[torch.tensor([row for _, row, _ in sampled], dtype=torch.long)]
+        tokens = self._sampler.sample(chosen_logits, [seq for _, _, seq in sampled])
+        token_of = {index: token for (index, _, _), token in zip(sampled, tokens, strict=True)}
+        logprobs = self._token_logprobs(sampled, tokens, chosen_logits)
+        results = []
+        for index, entry in enumerate(batch.entries):
+            entry_rows = rows[index]
+            if not all(is_finite[entry_rows.start : entry_rows.end]):
+                results.append(RowResult(failure=_NOT_FINITE))
+                continue
+            prompt = self._prompt_logprobs(entry, entry_rows, logits)
+            results.append(RowResult(token_of.get(index), logprobs.get(index), prompt))
+        return results
+
+    def _token_logprobs(self, sampled: list, tokens: list[int], logits: Tensor) -> dict[int, TokenLogprobs]:
+        wanted = [i for i, (_, _, seq) in enumerate(sampled) if seq.request.params.logprobs is not None]
+        if not wanted:
+            return {}
+        counts = [sampled[i][2].request.params.logprobs for i in wanted]
+        rows = logits[torch.tensor(wanted, device=logits.device)]
+        found = self._sampler.logprobs(rows, [tokens[i] for i in wanted], counts)
+        return {sampled[i][0]: logprob for i, logprob in zip(wanted, found, strict=True)}
+
+    def _prompt_logprobs(self, entry: ScheduledSequence, rows: LogitRows, logits: Tensor) -> tuple[TokenLogprobs, ...]:
+        """Of the prompt tokens that this chunk's logits are about, in order, none twice."""
+        seq = entry.seq
+        if not seq.wants_prompt_logprobs:
+            return ()
+        first = rows.first_position
+        last = min(first + rows.end - rows.start, seq.num_prompt_tokens - 1)
+        if first >= last:
+            return ()
+        count = seq.request.params.prompt_logprobs or 0
+        tokens = seq.token_ids[first + 1 : last + 1]
+        found = self._sampler.logprobs(logits[rows.start : rows.start + len(tokens)], tokens, [count] * len(tokens))
+        return tuple(found)

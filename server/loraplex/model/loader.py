@@ -1,0 +1,133 @@
+"""load_base: a transformers checkpoint as the frozen base."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+
+from loraplex.errors import StartupError
+from loraplex.lora.weights import ModuleShape
+from loraplex.model.attention import GeometryProbe, LayerGeometry, register_attention
+from loraplex.model.lora_layers import lora_targets
+from loraplex.model.support import check_config
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """The frozen base, its linears not wrapped yet.
+
+    model        in eval mode, on `device`, attention set to transformers' own
+    targets      the modules that can carry a LoRA, by name
+    fingerprint  of architecture, shapes, vocabulary and a sample of the weights: says whether adapters belong here
+    eos_token_ids  of config and generation config (the tokenizer's are added above)
+    """
+
+    model: nn.Module
+    config: PretrainedConfig
+    targets: dict[str, ModuleShape]
+    fingerprint: str
+    eos_token_ids: frozenset[int]
+    max_position: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+
+def load_base(path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> BaseModel:
+    """Load the checkpoint in the folder `path`. Raises StartupError (or UnsupportedModel by name, before weights are
+    read). No network, no code from the checkpoint."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise StartupError(
+            f"{folder} is not a model folder: it has no config.json. Give the folder of a transformers checkpoint "
+            "(config.json, *.safetensors, tokenizer files)."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise StartupError(f"The config of {folder} cannot be read: {error}") from error
+    check_config(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StartupError(f"The weights of {folder} cannot be read: {error}") from error
+    generation = _generation_config(folder)
+    return wrap_model(model, device, generation)
+
+
+def wrap_model(
+    model: nn.Module, device: torch.device | str = "cpu", generation: GenerationConfig | None = None
+) -> BaseModel:
+    """A BaseModel around a transformers causal language model that is in memory already."""
+    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    check_config(config)
+    model = model.eval().requires_grad_(False).to(device)
+    eos = {
+        token
+        for source in (config, generation)
+        for token in _as_list(getattr(source, "eos_token_id", None))
+        if token is not None
+    }
+    return BaseModel(
+        model=model,
+        config=config,
+        targets=lora_targets(model),
+        fingerprint=_fingerprint(model, config),
+        eos_token_ids=frozenset(eos),
+        max_position=getattr(config, "max_position_embeddings", None),
+        dtype=next(model.parameters()).dtype,
+        device=torch.device(device),
+    )
+
+
+@torch.inference_mode()
+def measure_geometry(model: nn.Module) -> dict[int, LayerGeometry]:
+    """Run one token through the model with the paged hook looking on: what every layer wants of the cache.
+
+    Leaves the model with the paged attention in place.
+    """
+    model.set_attn_implementation(register_attention())  # type: ignore[operator]
+    probe = GeometryProbe()
+    device = next(model.parameters()).device
+    token = torch.zeros(1, 1, dtype=torch.long, device=device)
+    model(input_ids=token, position_ids=token, use_cache=False, paged=probe)
+    return probe.layers
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _as_list(value) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _fingerprint(model: nn.Module, config: PretrainedConfig) -> str:
+    digest = hashlib.sha256()
+    parameters = dict(model.named_parameters())
+    shapes = {name: list(parameter.shape) for name, parameter in sorted(parameters.items())}
+    digest.update(json.dumps([config.model_type, shapes]).encode())
+    for _, parameter in sorted(parameters.items()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
