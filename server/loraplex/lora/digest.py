@@ -39,7 +39,7 @@ def validate_digest(digest: str) -> str:
 
 
 def open_regular(path: Path, *, follow_symlinks: bool = False) -> int:
-    """A read-only descriptor of the regular file `path`. Raises OSError, also for a link, a pipe or a device."""
+    """A read-only descriptor of the regular file `path`. Raises OSError; links, pipes, devices too."""
     # O_NONBLOCK: opening a pipe that nobody writes to would wait for ever
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_symlinks else os.O_NOFOLLOW)
     fd = os.open(path, flags)

@@ -1,7 +1,8 @@
-"""The closed list of adapter_config.json: which fields are understood, which are ignored and why, which are refused.
+"""The closed list of adapter_config.json: the fields understood, those ignored and why, those refused.
 
-`peft.PeftConfig.from_bytes` reads the file by this list. A field that is on none of the three is refused as soon as it
-has a value. A test walks every field of the installed `peft.LoraConfig`, so a new one cannot slip in.
+`peft.PeftConfig.from_bytes` reads the file by this list. A field that is on none of the three is refused as
+soon as it has a value. A test walks every field of the installed `peft.LoraConfig`, so a new one cannot slip
+in.
 """
 
 from collections.abc import Mapping
@@ -9,38 +10,42 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-UNDERSTOOD = frozenset({
-    "peft_type",
-    "task_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "auto_mapping",
-    "base_model_name_or_path",
-})  # fmt: skip
+UNDERSTOOD = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "auto_mapping",
+        "base_model_name_or_path",
+    }
+)
 
-IGNORED: Mapping[str, str] = MappingProxyType({
-    "lora_dropout": "dropout acts in training only",
-    "inference_mode": "it only says whether PEFT makes the weights trainable",
-    "revision": "the base of this server is the one it was started with; shapes are checked",
-    "peft_version": "the format is read by its fields, not by its version",
-    "megatron_core": "it names a module for Megatron training and acts only with megatron_config",
-    "qalora_group_size": "it acts only with use_qalora",
-    "loftq_config": "it acts only with init_lora_weights=loftq, which is refused",
-    "corda_config": "it acts only with init_lora_weights=corda, which is refused",
-    "lora_ga_config": "it acts only with init_lora_weights=lora_ga, which is refused",
-    "eva_config": "it says how A was initialised; EVA changes ranks, which rank_pattern holds, and not the base",
-    "runtime_config": "PEFT itself drops it when it reads the file",
-    "merge_weights": "old PEFT's switch for merging at run time; merging is the server's choice",
-})  # fmt: skip
+IGNORED: Mapping[str, str] = MappingProxyType(
+    {
+        "lora_dropout": "dropout acts in training only",
+        "inference_mode": "it only says whether PEFT makes the weights trainable",
+        "revision": "the base of this server is the one it was started with; shapes are checked",
+        "peft_version": "the format is read by its fields, not by its version",
+        "megatron_core": "it names a module for Megatron training and acts only with megatron_config",
+        "qalora_group_size": "it acts only with use_qalora",
+        "loftq_config": "it acts only with init_lora_weights=loftq, which is refused",
+        "corda_config": "it acts only with init_lora_weights=corda, which is refused",
+        "lora_ga_config": "it acts only with init_lora_weights=lora_ga, which is refused",
+        "eva_config": "EVA chooses the start of A and the ranks, which rank_pattern holds; the base stays",
+        "runtime_config": "PEFT itself drops it when it reads the file",
+        "merge_weights": "old PEFT's switch for merging at run time; merging is the server's choice",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +62,36 @@ _MERGE_BASE = (
 )
 _NO_CODE = Refusal("it names code to import, and an adapter's code is never run", "Remove the field")
 
-REFUSED: Mapping[str, Refusal] = MappingProxyType({
-    "bias": Refusal("trained biases of the base are not served yet", f"{_RETRAIN} (bias='none')"),
-    "lora_bias": Refusal("a bias of B is not served yet", f"{_RETRAIN} (lora_bias=False)"),
-    "use_dora": Refusal("DoRA's magnitudes are not served yet", _MERGE_BASE),
-    "modules_to_save": Refusal("whole trained modules beside the LoRA are not served yet", _MERGE_BASE),
-    "trainable_token_indices": Refusal("replaced rows of the embedding are not served yet", _MERGE_BASE),
-    "target_parameters": Refusal("LoRA on bare parameters (MoE experts) is not served yet", _MERGE_BASE),
-    "use_qalora": Refusal("QALoRA pools the inputs of A, which is not served", _RETRAIN),
-    "alora_invocation_tokens": Refusal(
-        "aLoRA acts only after its invocation tokens, and served as a plain LoRA it would act on all", _RETRAIN
-    ),
-    "arrow_config": Refusal("Arrow routes between several adapters, which is not served", "Push them one by one"),
-    "kasa_config": Refusal("KaSA changes the base and adds a diagonal between A and B", _MERGE_BASE),
-    "monteclora_config": Refusal("MonteCLoRA samples its weights, which is not served", _RETRAIN),
-    "velora_config": Refusal("VeLoRA writes further tensors into the file, which are not understood", _RETRAIN),
-    "use_bdlora": Refusal("BD-LoRA's block-diagonal matrices are not served", _RETRAIN),
-    "layer_replication": Refusal("it rebuilds the base from repeated layers", _MERGE_BASE),
-    "megatron_config": Refusal("Megatron's parallel layers are not served", "Convert it to a plain PEFT adapter"),
-    "ensure_weight_tying": Refusal("tied adapters are not served yet", f"{_RETRAIN} (ensure_weight_tying=False)"),
-    "enable_lora": Refusal("the merged linear layers of early PEFT are not served", "Save it with PEFT 0.4 or newer"),
-    "auto_map": _NO_CODE,
-    "base_model_class": _NO_CODE,
-    "parent_library": _NO_CODE,
-    "custom_modules": _NO_CODE,
-    "_custom_modules": _NO_CODE,
-})  # fmt: skip
+REFUSED: Mapping[str, Refusal] = MappingProxyType(
+    {
+        "bias": Refusal("trained biases of the base are not served yet", f"{_RETRAIN} (bias='none')"),
+        "lora_bias": Refusal("a bias of B is not served yet", f"{_RETRAIN} (lora_bias=False)"),
+        "use_dora": Refusal("DoRA's magnitudes are not served yet", _MERGE_BASE),
+        "modules_to_save": Refusal("whole trained modules beside the LoRA are not served yet", _MERGE_BASE),
+        "trainable_token_indices": Refusal("replaced rows of the embedding are not served yet", _MERGE_BASE),
+        "target_parameters": Refusal("LoRA on bare parameters (MoE experts) is not served yet", _MERGE_BASE),
+        "use_qalora": Refusal("QALoRA pools the inputs of A, which is not served", _RETRAIN),
+        "alora_invocation_tokens": Refusal(
+            "aLoRA acts only after its invocation tokens, a plain LoRA on all tokens", _RETRAIN
+        ),
+        "arrow_config": Refusal("Arrow's routing between adapters is not served", "Push them one by one"),
+        "kasa_config": Refusal("KaSA changes the base and adds a diagonal between A and B", _MERGE_BASE),
+        "monteclora_config": Refusal("MonteCLoRA samples its weights, which is not served", _RETRAIN),
+        "velora_config": Refusal("VeLoRA writes further tensors, which are not understood", _RETRAIN),
+        "use_bdlora": Refusal("BD-LoRA's block-diagonal matrices are not served", _RETRAIN),
+        "layer_replication": Refusal("it rebuilds the base from repeated layers", _MERGE_BASE),
+        "megatron_config": Refusal("Megatron's parallel layers are not served", "Convert it to plain PEFT"),
+        "ensure_weight_tying": Refusal("tied adapters are not served yet", _RETRAIN),
+        "enable_lora": Refusal(
+            "early PEFT's merged linear layers are not served", "Save it with PEFT 0.4 or newer"
+        ),
+        "auto_map": _NO_CODE,
+        "base_model_class": _NO_CODE,
+        "parent_library": _NO_CODE,
+        "custom_modules": _NO_CODE,
+        "_custom_modules": _NO_CODE,
+    }
+)
 
 # init_lora_weights, lower case; a value that PEFT does not know is refused too
 HARMLESS_INITS = frozenset({"gaussian", "orthogonal", "eva"})
@@ -90,7 +99,7 @@ CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 def refusal_of(field: str, value: Any) -> Refusal | None:
-    """The refusal of `field`, if it is refused with this `value`. Unknown fields are refused when they have one."""
+    """The refusal of `field`, if it is refused with this `value`. Unknown fields are, when they have one."""
     if field in UNDERSTOOD or field in IGNORED or is_off(value) or (field, value) == ("bias", "none"):
         return None
     if field in REFUSED:
@@ -99,7 +108,8 @@ def refusal_of(field: str, value: Any) -> Refusal | None:
         return _NO_CODE
     return Refusal(
         "this server does not know the field, and ignoring it could change what the adapter says",
-        "Remove it if it has no effect on inference, or save the adapter with a PEFT release this server knows",
+        "Remove it if it has no effect on inference, or save the adapter with a PEFT release this server "
+        "knows",
     )
 
 

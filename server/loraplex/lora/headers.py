@@ -3,8 +3,9 @@
     file: | 8 bytes: length n of the header, little endian | n bytes: JSON | data |
     JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
 
-safetensors' own reader accepts files that an adapter never is (zero-size tensors, 200 000 tensors, 90 MB of metadata,
-tensors of 100 000 dimensions), so the limits below come first and safetensors has the last word (`read_header`).
+safetensors' own reader accepts files that an adapter never is (zero-size tensors, 200 000 tensors, 90 MB of
+metadata, tensors of 100 000 dimensions), so the limits below come first and safetensors has the last word
+(`read_header`).
 """
 
 import json
@@ -23,8 +24,8 @@ from loraplex.lora.digest import open_regular
 from loraplex.lora.text import listed, shown
 
 MAX_HEADER_BYTES = 4 << 20
-# Two tensors a module: 126 layers of 405B shapes with 7 modules have 1 764; experts kept one by one reach tens of
-# thousands. Beyond that it is no adapter, and every tensor costs time in every check.
+# Two tensors a module: 126 layers of 405B shapes with 7 modules have 1 764; experts kept one by one reach
+# tens of thousands. Beyond that it is no adapter, and every tensor costs time in every check.
 MAX_TENSORS = 65_536
 MAX_METADATA_BYTES = 64 << 10
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2})
@@ -39,7 +40,7 @@ _CONVERT = (
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One matrix of the file: its safetensors dtype, shape (rows, columns), and first byte after the header."""
+    """One matrix: its safetensors dtype, shape (rows, columns), and first byte, counted from the data's."""
 
     dtype: str
     shape: tuple[int, int]
@@ -52,7 +53,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """The tensors of a file by name, its metadata, and where its data starts (bytes from the file's start)."""
+    """The tensors of a file by name, its metadata, and where its data starts (a byte of the file)."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -63,7 +64,8 @@ def refuse_pickle_name(name: str) -> None:
     """Raise PickleRefused if a file of this name holds weights in a format that can run code."""
     if name.lower().endswith(_PICKLE_SUFFIXES):
         raise PickleRefused(
-            f"{shown(name)} is a pickle file, and reading one can run code. Only safetensors is accepted. {_CONVERT}",
+            f"{shown(name)} is a pickle file, and reading one can run code. Only safetensors is accepted. "
+            f"{_CONVERT}",
             param="weights",
         )
 
@@ -113,19 +115,21 @@ def parse_header(start: bytes, file_size: int) -> SafetensorsHeader:
 
 def _invalid(why: str) -> AdapterInvalid:
     return AdapterInvalid(
-        f"The weights file is not a usable safetensors file: {why}. Send the adapter_model.safetensors that PEFT's "
-        "save_pretrained wrote, and check that it was copied whole.",
+        f"The weights file is not a usable safetensors file: {why}. Send the adapter_model.safetensors that "
+        "PEFT's save_pretrained wrote, and check that it was copied whole.",
         param="weights",
     )
 
 
 def _refuse_other_formats(start: bytes) -> None:
-    # a pickle starts with the sign 0x80 and its protocol; a torch file is a zip, an old one a tar, or a bare pickle
+    # a pickle starts with the sign 0x80 and its protocol; a torch file is a zip, an old one a tar, or a bare
+    # pickle
     if start[:4] == b"PK\x03\x04" or (
         start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     ):
         raise PickleRefused(
-            f"The weights file is a pickle, and reading one can run code. Only safetensors is accepted. {_CONVERT}",
+            "The weights file is a pickle, and reading one can run code. Only safetensors is accepted. "
+            f"{_CONVERT}",
             param="weights",
         )
     if start[:4] == b"GGUF":

@@ -1,8 +1,8 @@
 """Patterns of an adapter's config against module names, as PEFT matches them, within a time limit.
 
-PEFT interpolates what the config says into regular expressions of `re`. A hostile expression can backtrack for
-years, and `re` holds the interpreter lock all the while. So expressions are checked with `re` (what PEFT would refuse
-is refused) and run by `regex`, which agrees with it, lets other threads run and can be stopped.
+PEFT interpolates what the config says into regular expressions of `re`. A hostile expression can backtrack
+for years, and `re` holds the interpreter lock all the while. So expressions are checked with `re` (what PEFT
+would refuse is refused) and run by `regex`, which agrees with it, lets other threads run and can be stopped.
 """
 
 import math
@@ -54,18 +54,18 @@ class MatchClock:
             ) from None
         except MemoryError:
             raise AdapterInvalid(
-                f"The regular expression {shown(pattern.pattern)} in adapter_config.json needs too much memory. "
-                "Write the module names as a list.",
+                f"The regular expression {shown(pattern.pattern)} in adapter_config.json needs too much "
+                "memory. Write the module names as a list.",
                 param="config",
             ) from None
 
 
 def compile_expression(text: str, field: str) -> Any:
-    """Compile `text`, which the config's `field` gave. Raises AdapterInvalid when PEFT or this server cannot run it."""
+    """Compile `text`, which the config's `field` gave. Raises AdapterInvalid if it cannot be run."""
     if len(text) > MAX_EXPRESSION_CHARS:
         raise AdapterInvalid(
-            f"{field} in adapter_config.json holds a regular expression of {len(text)} characters; the limit is "
-            f"{MAX_EXPRESSION_CHARS}. Write the module names as a list.",
+            f"{field} in adapter_config.json holds a regular expression of {len(text)} characters; the "
+            f"limit is {MAX_EXPRESSION_CHARS}. Write the module names as a list.",
             param="config",
         )
     try:
@@ -93,10 +93,11 @@ def _counts_are_small(text: str) -> bool:
 
 
 class PatternTable(Generic[Value]):
-    """PEFT's `rank_pattern` and `alpha_pattern`: the first key (in file order) that matches a name's tail wins.
+    """PEFT's `rank_pattern` and `alpha_pattern`: the first key (in file order) that matches a tail wins.
 
-    A key matches like the expression `(.*\\.)?(key)$`. Keys without any sign but "." are looked up by length and
-    place of their dots ("." stands for any sign), which is the same and does not grow with the number of keys.
+    A key matches like the expression `(.*\\.)?(key)$`. Keys without any sign but "." are looked up by length
+    and place of their dots ("." stands for any sign), which is the same and does not grow with the number of
+    keys.
     """
 
     def __init__(self, table: Mapping[str, Value], field: str, clock: MatchClock):
@@ -111,8 +112,8 @@ class PatternTable(Generic[Value]):
             else:
                 if len(self._expressions) == MAX_EXPRESSIONS:
                     raise AdapterInvalid(
-                        f"{field} in adapter_config.json holds more than {MAX_EXPRESSIONS} regular expressions. "
-                        "Write full module names instead.",
+                        f"{field} in adapter_config.json holds more than {MAX_EXPRESSIONS} regular "
+                        "expressions. Write full module names instead.",
                         param="config",
                     )
                 self._expressions.append((index, compile_expression(rf"(.*\.)?({key})$", field)))

@@ -3,10 +3,11 @@
 Nothing in the file is ever imported or run. The meaning of every field is PEFT's (checked against 0.21).
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -17,7 +18,8 @@ from loraplex.lora.rules import ModuleRules
 from loraplex.lora.text import shown
 
 ALL_LINEAR = "all-linear"
-# A rank beyond every matrix this could be for; the server's own limit (--max-lora-rank) is checked by the reader.
+# A rank beyond every matrix this could be for; the server's own limit (--max-lora-rank) is checked by the
+# reader.
 MAX_RANK = 1 << 16
 # What Unsloth and PEFT write into auto_mapping; the classes named there are not imported.
 _AUTO_MAPPING_KEYS = frozenset({"base_model_class", "parent_library", "unsloth_fixed"})
@@ -27,17 +29,18 @@ _AUTO_MAPPING_KEYS = frozenset({"base_model_class", "parent_library", "unsloth_f
 class PeftConfig:
     """A plain LoRA for a causal language model.
 
-    `target_modules` is a tuple of names, a regular expression, or "all-linear"; `exclude_modules` a tuple or an
-    expression; `layers_to_transform` None for all. `base_model` is the writer's word for its base, a hint only.
-    `ignored` holds (field, reason) of every field of the file that has a value and no effect on inference.
+    `target_modules` is a tuple of names, a regular expression, or "all-linear"; `exclude_modules` a tuple or
+    an expression; `layers_to_transform` None for all. `base_model` is the writer's word for its base, a hint
+    only. `ignored` holds (field, reason) of every field of the file that has a value and no effect on
+    inference.
     """
 
     r: int
     lora_alpha: float
     target_modules: tuple[str, ...] | str
     use_rslora: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
@@ -115,7 +118,8 @@ class _Reader:
         for field, value in self._document.items():
             if (refusal := refusal_of(field, value)) is not None:
                 raise _invalid(
-                    f"adapter_config.json sets {shown(field)} to {shown(value)}: {refusal.why}. {refusal.next_step}."
+                    f"adapter_config.json sets {shown(field)} to {shown(value)}: {refusal.why}. "
+                    f"{refusal.next_step}."
                 )
         self._check_init()
         self._check_auto_mapping()
@@ -137,8 +141,9 @@ class _Reader:
             config.layers_to_transform is not None or config.layers_pattern
         ):
             raise _invalid(
-                "adapter_config.json sets layers_to_transform or layers_pattern beside a target_modules that is a "
-                "string; PEFT refuses that too. Put the layers into the expression, or write target_modules as a list."
+                "adapter_config.json sets layers_to_transform or layers_pattern beside a target_modules "
+                "that is a string; PEFT refuses that too. Put the layers into the expression, or write "
+                "target_modules as a list."
             )
         if config.layers_pattern and config.layers_to_transform is None:
             raise _invalid(
@@ -152,8 +157,8 @@ class _Reader:
         if kind != "LORA":
             raise _invalid(
                 f"adapter_config.json says peft_type {shown(kind)}; this server serves LORA only. "
-                "Send an adapter_config.json with \"peft_type\": \"LORA\"."
-            )  # fmt: skip
+                'Send an adapter_config.json with "peft_type": "LORA".'
+            )
         task = self._document.get("task_type")
         if task not in (None, "CAUSAL_LM"):
             raise _invalid(
@@ -171,14 +176,16 @@ class _Reader:
             return
         if isinstance(init, str) and init.lower().startswith(CHANGED_BASE_INITS):
             raise _invalid(
-                f"adapter_config.json sets 'init_lora_weights' to {shown(init)}: such an adapter belongs to a base "
-                "whose weights were changed when it was initialised, and would answer wrongly on this one. "
-                "Save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which turns "
-                "it into a plain LoRA, or merge it and serve the result as a base."
+                f"adapter_config.json sets 'init_lora_weights' to {shown(init)}: such an adapter belongs to "
+                "a base whose weights were changed when it was initialised, and would answer wrongly on "
+                "this one. Save it with PEFT's save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...), which turns it into a plain LoRA, or merge "
+                "it and serve the result as a base."
             )
         raise _invalid(
-            f"adapter_config.json sets 'init_lora_weights' to {shown(init)}, which this server does not know, so it "
-            "cannot tell whether the base was changed. Save the adapter with a PEFT release this server knows."
+            f"adapter_config.json sets 'init_lora_weights' to {shown(init)}, which this server does not "
+            "know, so it cannot tell whether the base was changed. Save the adapter with a PEFT release "
+            "this server knows."
         )
 
     def _check_auto_mapping(self) -> None:
@@ -189,8 +196,8 @@ class _Reader:
         known = isinstance(mapping, dict) and _AUTO_MAPPING_KEYS.issuperset(mapping)
         if not (known and isinstance(library, str) and library.split(".")[0] == "transformers"):
             raise _invalid(
-                f"adapter_config.json sets 'auto_mapping' to {shown(mapping)}: it names code outside transformers, "
-                "and an adapter's code is never run. Remove the field."
+                f"adapter_config.json sets 'auto_mapping' to {shown(mapping)}: it names code outside "
+                "transformers, and an adapter's code is never run. Remove the field."
             )
 
     def _ignored(self) -> tuple[tuple[str, str], ...]:
@@ -215,7 +222,8 @@ class _Reader:
     def _required(self, field: str) -> Any:
         if self._document.get(field) is None:
             raise _invalid(
-                f"adapter_config.json does not say {field!r}. Send the file that PEFT's save_pretrained wrote."
+                f"adapter_config.json does not say {field!r}. Send the file that PEFT's save_pretrained "
+                "wrote."
             )
         return self._document[field]
 

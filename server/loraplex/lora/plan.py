@@ -1,7 +1,7 @@
 """AdapterPlan: which matrices of a file go to which modules of the base, decided without reading a value.
 
-Every tensor of the file is used, and every module that the config selects has its two tensors; anything else is
-refused by name. So nothing is silently ignored.
+Every tensor of the file is used, and every module that the config selects has its two tensors; anything else
+is refused by name. So nothing is silently ignored.
 """
 
 import difflib
@@ -16,7 +16,8 @@ from loraplex.lora.peft import PeftConfig
 from loraplex.lora.text import listed, shown
 from loraplex.lora.weights import ModuleShape, slab_numel
 
-# alpha of 16 to 64 on rank 8 to 64 is usual; a factor beyond this is a typing error or an attack on the numerics
+# alpha of 16 to 64 on rank 8 to 64 is usual; a factor beyond this is a typing error or an attack on the
+# numerics
 MAX_SCALING = 1024.0
 
 _PREFIX = "base_model.model."
@@ -61,7 +62,7 @@ class AdapterPlan:
 
 
 def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> AdapterPlan:
-    """Match the file's tensors to the `targets` of the base. Raises AdapterInvalid naming the first thing amiss."""
+    """Match the file's tensors to the base's `targets`. Raises AdapterInvalid naming what is amiss."""
     halves = _halves(header)
     rules = config.rules()
     selected = [name for name in targets if rules.selects(name)]
@@ -76,7 +77,8 @@ def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, Mo
         modules[name] = module
     if not any(module.scaling for module in modules.values()):
         raise AdapterInvalid(
-            "The adapter has no effect: lora_alpha is 0 for every module. Correct lora_alpha in adapter_config.json.",
+            "The adapter has no effect: lora_alpha is 0 for every module. Correct lora_alpha in "
+            "adapter_config.json.",
             param="config",
         )
     notes = [f"target_modules names {shown(name)}, which no LoRA module of this base has" for name in
@@ -100,8 +102,8 @@ def _halves(header: SafetensorsHeader) -> dict[str, dict[str, str]]:
         other = halves.setdefault(found["module"], {}).setdefault(found["half"], key)
         if other != key:
             raise _refused(
-                f"The tensors {shown(other, 160)} and {shown(key, 160)} are both lora_{found['half']} of one module. "
-                "Save one adapter a file."
+                f"The tensors {shown(other, 160)} and {shown(key, 160)} are both lora_{found['half']} of "
+                "one module. Save one adapter a file."
             )
         adapters.add(found["adapter"])
     if len(adapters) > 1:
@@ -139,8 +141,8 @@ def _check_modules(
             )
         if missing := {"A", "B"} - keys.keys():
             raise _refused(
-                f"The tensor {shown(key, 160)} lacks its other half, lora_{missing.pop()} of {shown(name, 160)}. "
-                "Save the adapter again; both are needed."
+                f"The tensor {shown(key, 160)} lacks its other half, lora_{missing.pop()} of "
+                f"{shown(name, 160)}. Save the adapter again; both are needed."
             )
     if lacking := [name for name in selected if name not in halves]:
         raise _refused(
@@ -156,7 +158,8 @@ def _check_modules(
 
 def _why_no_target(name: str, key: str, targets: Mapping[str, ModuleShape]) -> str:
     message = f"The tensor {shown(key, 160)} is for {shown(name, 160)}, which is no LoRA module of this base."
-    # a wrapper's prefix (language_model., an extra model.) is the usual cause; compare by the last three parts
+    # a wrapper's prefix (language_model., an extra model.) is the usual cause; compare by the last three
+    # parts
     tail = ".".join(name.split(".")[-4:])
     alike = [target for target in targets if target.endswith(tail)] or difflib.get_close_matches(
         name, targets, 1
@@ -177,8 +180,9 @@ def _check_shapes(module: ModulePlan, tensors: Mapping[str, TensorInfo]) -> None
     ):
         if tensors[key].shape != expected:
             raise _refused(
-                f"The tensor {shown(key, 160)} has the shape {list(tensors[key].shape)}; rank {module.rank} on this "
-                f"base needs {list(expected)}. Check r and rank_pattern, and that the adapter was trained on this base."
+                f"The tensor {shown(key, 160)} has the shape {list(tensors[key].shape)}; rank {module.rank} "
+                f"on this base needs {list(expected)}. Check r and rank_pattern, and that the adapter was "
+                "trained on this base."
             )
 
 

@@ -3,8 +3,8 @@
     check(folder)   an upload or an operator's folder, not yet trusted    -> Checked or AdapterInvalid
     read(digest)    an accepted adapter, on its way from disk to RAM      -> LoRAWeights or AdapterLoadFailed
 
-Files are read, not mapped: a disk error under a mapping kills the process, under a read it is an OSError. Reading,
-hashing and converting let other threads run.
+Files are read, not mapped: a disk error under a mapping kills the process, under a read it is an OSError.
+Reading, hashing and converting let other threads run.
 """
 
 import hashlib
@@ -51,8 +51,8 @@ class Checked:
 class AdapterReader:
     """Reads the adapters below `root` (one folder a digest) for a base with these `targets`.
 
-    `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank. Holds no state between calls,
-    so any number of threads may share it.
+    `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank. Holds no state between
+    calls, so any number of threads may share it.
     """
 
     def __init__(self, root: Path, targets: Mapping[str, ModuleShape], dtype: torch.dtype, max_rank: int):
@@ -62,7 +62,7 @@ class AdapterReader:
         self._max_rank = max_rank
 
     def read(self, digest: str) -> LoRAWeights:
-        """The adapter `digest`, its files verified against it. Raises AdapterLoadFailed naming digest and cause."""
+        """The adapter `digest`, its files verified. Raises AdapterLoadFailed naming digest and cause."""
         try:
             folder = self._root / validate_digest(digest)
             config_bytes = _read_file(folder / CONFIG_NAME, MAX_CONFIG_BYTES)
@@ -77,7 +77,8 @@ class AdapterReader:
         except (OSError, LoraplexError, MemoryError) as cause:
             why = cause.message if isinstance(cause, LoraplexError) else f"{type(cause).__name__}: {cause}"
             raise AdapterLoadFailed(
-                f"The adapter {digest[:64]} could not be loaded: {why}. Push the adapter again, or restore its files."
+                f"The adapter {digest[:64]} could not be loaded: {why}. Push the adapter again, or restore "
+                "its files."
             ) from cause
 
     def check(self, folder: Path) -> Checked:
@@ -116,15 +117,16 @@ def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan) -> None:
         for key, matrix in ((module.key_a, a), (module.key_b, bt)):
             if not bool(torch.isfinite(matrix).all()):
                 raise AdapterInvalid(
-                    f"The tensor {shown(key, 160)} holds NaN or infinity in {str(matrix.dtype).removeprefix('torch.')}, "
-                    "the type this server computes in. Check the training run; its last steps may have diverged.",
+                    f"The tensor {shown(key, 160)} holds NaN or infinity in "
+                    f"{str(matrix.dtype).removeprefix('torch.')}, the type this server computes in. Check "
+                    "the training run; its last steps may have diverged.",
                     param="weights",
                 )
         effect = effect or (module.scaling != 0 and bool(a.any()) and bool(bt.any()))
     if not effect:
         raise AdapterInvalid(
-            "The adapter is without effect: in every module lora_A or lora_B is zero, as before the first training "
-            "step. Save it after training.",
+            "The adapter is without effect: in every module lora_A or lora_B is zero, as before the first "
+            "training step. Save it after training.",
             param="weights",
         )
 
@@ -134,7 +136,7 @@ def _digest_of(config: bytearray, weights: bytearray) -> str:
 
 
 def _read_file(path: Path, limit: int | None = None) -> bytearray:
-    """The bytes of a regular file (at most `limit` of them), writable so that tensors can be views of them."""
+    """The bytes of a regular file (at most `limit`), writable so that tensors can be views of them."""
     fd = open_regular(path)
     with open(fd, "rb", buffering=0) as file:
         size = os.fstat(fd).st_size

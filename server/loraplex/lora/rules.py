@@ -1,7 +1,7 @@
-"""ModuleRules: which modules of a base an adapter's config selects, and their ranks and scalings, exactly as PEFT.
+"""ModuleRules: the modules of a base that a config selects, their ranks and scalings, exactly as PEFT.
 
-selected = not excluded and named (list: the whole name or its tail after a "."; string: a full regular expression)
-           and, for tails, in one of layers_to_transform
+selected = not excluded, and named (list: the whole name or its tail after a "."; string: a regular
+           expression for the whole name), and for tails also in one of layers_to_transform
 scaling  = alpha / r, or alpha / sqrt(r) with rsLoRA
 """
 
@@ -22,7 +22,7 @@ _OUTPUT_EMBEDDINGS = frozenset({"lm_head", "embed_out"})
 
 
 class ModuleRules:
-    """The compiled rules of one config. Their expressions share one time limit, so make a new one for each plan."""
+    """The compiled rules of one config. Their expressions share one time limit: make one for each plan."""
 
     def __init__(self, config: "PeftConfig"):
         self._config = config
@@ -80,7 +80,7 @@ class ModuleRules:
 
 
 class _Selection:
-    """`target_modules` or `exclude_modules`: a list of names, or one regular expression for the whole name."""
+    """`target_modules` or `exclude_modules`: names, or one regular expression for the whole name."""
 
     def __init__(self, names: tuple[str, ...] | str, field: str, clock: MatchClock):
         self._names = frozenset() if isinstance(names, str) else frozenset(names)
