@@ -1,0 +1,230 @@
+"""The operations on a CPU: thin wrappers that hand data pointers to the numba kernels.
+
+Kernels exist for float32 and bfloat16; float16 and tensors whose last dimension is not contiguous take `torch_ops`
+(`store_kv` takes every dtype). q, k, v, x, y, caches and slabs share one dtype. Every kernel is row-invariant: it
+reduces in an order given by the lengths alone, whatever the batch and the number of threads.
+
+Threads: kernels split their work over `torch.get_num_threads()` workers, which numba's threading layer runs (OpenMP
+where libgomp is there, else workqueue). A layer of workqueue must not be entered from two Python threads at once, and
+numba's thread count is a property of the calling thread: call the ops from one thread, and `set_num_threads` there.
+The GIL is free while a kernel runs.
+"""
+
+import numba
+import torch
+from torch import Tensor
+
+from loraplex.ops import (
+    AttentionMetadata,
+    LayerAttention,
+    LoRASegments,
+    ModulePool,
+    numba_attention,
+    numba_lora,
+    torch_ops,
+)
+from loraplex.ops.numba_types import BFLOAT16, FLOAT32
+
+ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+UNLIMITED = 1 << 62  # the window of a layer without one
+
+# Multiply-adds below which a second thread costs more than it saves (about 10 us of one core).
+SERIAL_WORK = 300_000
+
+
+def set_num_threads(count: int) -> None:
+    """Let torch and the kernels use `count` threads, called in the thread that will call the ops."""
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile every kernel for `dtype` (or load it from numba's cache), so that no request waits for that."""
+    if dtype not in ELEMENTS:
+        return
+    x, y = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    none = torch.zeros(0, dtype=torch.int32)
+    module = ModulePool(
+        1, 1, [], none.long(), none, none.long(), none.long(), torch.zeros(0, dtype=torch.float32)
+    )
+    lora = LoRASegments(none, none, none, none.float(), none, 1, 1)
+    add_lora(y, x, module, lora)
+    expand(y, shrink(x, module, lora), module, lora)
+    k, cache = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1, 1, 1, dtype=dtype)
+    zero, ends = torch.zeros(1, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
+    store_kv(k, k, cache, cache, zero.long())
+    attn = AttentionMetadata(ends, ends[1:], zero.view(1, 1), zero.long(), 1)
+    paged_attention(k, cache, cache, attn, LayerAttention(1.0))
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """k_cache[slot_mapping[t]] = k[t], v_cache[slot_mapping[t]] = v[t], both in place; any dtype.
+
+    k [T, Hkv, D], v [T, Hkv, Dv]; caches [num_blocks, block_size, Hkv, D or Dv]; slot_mapping int64 [T].
+    """
+    size = k.element_size()
+    tokens, heads, k_size = k.shape
+    numba_attention.store_kv(
+        k.data_ptr(),
+        _strides(k, size),
+        v.data_ptr(),
+        _strides(v, size),
+        k_cache.data_ptr(),
+        _strides(k_cache, size),
+        v_cache.data_ptr(),
+        _strides(v_cache, size),
+        slot_mapping.data_ptr(),
+        k_cache.shape[1],
+        tokens,
+        heads,
+        k_size * size,
+        v.shape[2] * size,
+    )
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, attn: AttentionMetadata, layer: LayerAttention
+) -> Tensor:
+    """softmax(cap(scale · q·kᵀ)) · v over the keys each token may see: q [T, Hq, D] -> new [T, Hq, Dv], q's dtype.
+
+    See `Ops.paged_attention`; decode and prefill chunks in one call.
+    """
+    element = ELEMENTS.get(q.dtype)
+    if element is None or q.stride(2) != 1:
+        return torch_ops.paged_attention(q, k_cache, v_cache, attn, layer)
+    size = q.element_size()
+    tokens, query_heads, k_size = q.shape
+    _, block_size, heads, v_size = v_cache.shape
+    out = torch.empty(tokens, query_heads, v_size, dtype=q.dtype)
+    group = query_heads // heads
+    workers = torch.get_num_threads()
+    words = numba_attention.scratch_words(group, k_size, v_size)
+    scratch = torch.empty(workers * words, dtype=torch.float32)
+    sinks = layer.sinks
+    tables = attn.block_tables
+    numba_attention.paged_attention(
+        element,
+        q.data_ptr(),
+        _strides(q, size),
+        out.data_ptr(),
+        (query_heads * v_size * size, v_size * size),
+        k_cache.data_ptr(),
+        _strides(k_cache, size),
+        v_cache.data_ptr(),
+        _strides(v_cache, size),
+        (block_size, k_size, v_size, group),
+        heads,
+        (
+            attn.seq_lens.shape[0],
+            attn.cu_seqlens_q.data_ptr(),
+            attn.seq_lens.data_ptr(),
+            tables.data_ptr(),
+            tables.stride(0) * 4,
+        ),
+        layer.scale,
+        UNLIMITED if layer.window is None else layer.window,
+        0.0 if layer.softcap is None else layer.softcap,
+        0 if sinks is None else sinks.data_ptr(),
+        scratch.data_ptr(),
+        4 * words,
+        workers,
+    )
+    return out
+
+
+def shrink(x: Tensor, pool: ModulePool, lora: LoRASegments) -> Tensor:
+    """s[offset_i + t, :rank] = x[start_i + t] @ Aᵀ for every segment i: x [T, in], any row stride -> new float32
+    [num_rows, max_rank]; columns past the adapter's rank are undefined."""
+    element = ELEMENTS.get(x.dtype)
+    if element is None or x.stride(1) != 1:
+        return torch_ops.shrink(x, pool, lora)
+    s = torch.empty(lora.num_rows, lora.max_rank, dtype=torch.float32)
+    numba_lora.shrink(
+        element,
+        x.data_ptr(),
+        x.stride(0) * x.element_size(),
+        s.data_ptr(),
+        4 * lora.max_rank,
+        lora.num_rows,
+        _segments(lora),
+        _module(pool),
+        _workers(lora, pool.in_features),
+    )
+    return s
+
+
+def expand(y: Tensor, s: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
+    """y[start_i + t] += scale_i · scaling · s[offset_i + t, :rank] @ Bᵀ for every segment i in order, in place.
+
+    y [T, out], any row stride; s float32 [num_rows, max_rank]. Summed in float32, rounded once per segment.
+    """
+    element = ELEMENTS.get(y.dtype)
+    if element is None or y.stride(1) != 1:
+        return torch_ops.expand(y, s, pool, lora)
+    numba_lora.expand(
+        element,
+        y.data_ptr(),
+        y.stride(0) * y.element_size(),
+        s.data_ptr(),
+        4 * s.stride(0),
+        _segments(lora),
+        _module(pool),
+        _workers(lora, pool.out_features),
+    )
+
+
+def add_lora(y: Tensor, x: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
+    """y[s:e] += scale · (x[s:e] @ Aᵀ) @ Bᵀ for every segment, in place: expand of shrink, in one call."""
+    element = ELEMENTS.get(x.dtype)
+    if element is None or x.stride(1) != 1 or y.stride(1) != 1:
+        return expand(y, shrink(x, pool, lora), pool, lora)
+    s = torch.empty(lora.num_rows, lora.max_rank, dtype=torch.float32)
+    size = x.element_size()
+    numba_lora.add_lora(
+        element,
+        y.data_ptr(),
+        y.stride(0) * size,
+        x.data_ptr(),
+        x.stride(0) * size,
+        s.data_ptr(),
+        4 * lora.max_rank,
+        lora.num_rows,
+        _segments(lora),
+        _module(pool),
+        _workers(lora, pool.in_features + pool.out_features),
+    )
+
+
+def _strides(tensor: Tensor, size: int) -> tuple[int, ...]:
+    """The strides but the last, in bytes."""
+    return tuple([stride * size for stride in tensor.stride()[:-1]])
+
+
+def _segments(lora: LoRASegments) -> tuple[int, ...]:
+    return (
+        lora.start.shape[0],
+        lora.start.data_ptr(),
+        lora.end.data_ptr(),
+        lora.place.data_ptr(),
+        lora.scale.data_ptr(),
+        lora.offset.data_ptr(),
+    )
+
+
+def _module(pool: ModulePool) -> tuple[int, ...]:
+    return (
+        pool.in_features,
+        pool.out_features,
+        pool.address.data_ptr(),
+        pool.rank.data_ptr(),
+        pool.offset_a.data_ptr(),
+        pool.offset_b.data_ptr(),
+        pool.scaling.data_ptr(),
+    )
+
+
+def _workers(lora: LoRASegments, features: int) -> int:
+    """Threads worth using for max_rank · features multiply-adds a row. No result depends on it."""
+    if lora.num_rows * lora.max_rank * features < SERIAL_WORK:
+        return 1
+    return torch.get_num_threads()
