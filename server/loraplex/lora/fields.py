@@ -57,9 +57,7 @@ class Refusal:
 
 
 _RETRAIN = "Train the adapter again without it"
-_MERGE_BASE = (
-    "Merge the adapter into its base with PEFT and serve the result as a base, or train it again without it"
-)
+_MERGE_BASE = "Merge the adapter into its base with PEFT and serve the result as a base, or train it again without it"
 _NO_CODE = Refusal("it names code to import, and an adapter's code is never run", "Remove the field")
 
 REFUSED: Mapping[str, Refusal] = MappingProxyType(
@@ -82,9 +80,7 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType(
         "layer_replication": Refusal("it rebuilds the base from repeated layers", _MERGE_BASE),
         "megatron_config": Refusal("Megatron's parallel layers are not served", "Convert it to plain PEFT"),
         "ensure_weight_tying": Refusal("tied adapters are not served yet", _RETRAIN),
-        "enable_lora": Refusal(
-            "early PEFT's merged linear layers are not served", "Save it with PEFT 0.4 or newer"
-        ),
+        "enable_lora": Refusal("early PEFT's merged linear layers are not served", "Save it with PEFT 0.4 or newer"),
         "auto_map": _NO_CODE,
         "base_model_class": _NO_CODE,
         "parent_library": _NO_CODE,
@@ -108,8 +104,7 @@ def refusal_of(field: str, value: Any) -> Refusal | None:
         return _NO_CODE
     return Refusal(
         "this server does not know the field, and ignoring it could change what the adapter says",
-        "Remove it if it has no effect on inference, or save the adapter with a PEFT release this server "
-        "knows",
+        "Remove it if it has no effect on inference, or save the adapter with a PEFT release this server knows",
     )
 
 

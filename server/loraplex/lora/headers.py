@@ -64,8 +64,7 @@ def refuse_pickle_name(name: str) -> None:
     """Raise PickleRefused if a file of this name holds weights in a format that can run code."""
     if name.lower().endswith(_PICKLE_SUFFIXES):
         raise PickleRefused(
-            f"{shown(name)} is a pickle file, and reading one can run code. Only safetensors is accepted. "
-            f"{_CONVERT}",
+            f"{shown(name)} is a pickle file, and reading one can run code. Only safetensors is accepted. {_CONVERT}",
             param="weights",
         )
 
@@ -124,12 +123,9 @@ def _invalid(why: str) -> AdapterInvalid:
 def _refuse_other_formats(start: bytes) -> None:
     # a pickle starts with the sign 0x80 and its protocol; a torch file is a zip, an old one a tar, or a bare
     # pickle
-    if start[:4] == b"PK\x03\x04" or (
-        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
-    ):
+    if start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
         raise PickleRefused(
-            "The weights file is a pickle, and reading one can run code. Only safetensors is accepted. "
-            f"{_CONVERT}",
+            f"The weights file is a pickle, and reading one can run code. Only safetensors is accepted. {_CONVERT}",
             param="weights",
         )
     if start[:4] == b"GGUF":
@@ -167,18 +163,14 @@ def _metadata(value: Any) -> dict[str, str]:
 
 def _tensor(name: str, entry: Any) -> TensorInfo:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if (
-            not rest
-        ):
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if not rest:
             pass
         case _:
             raise _invalid(f"its entry for {shown(name, 160)} is not dtype, shape and data_offsets")
     if dtype not in DTYPE_BYTES:
         raise _invalid(f"{shown(name, 160)} is of type {shown(dtype)}, and adapters are F32, F16 or BF16")
     if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-        raise _invalid(
-            f"{shown(name, 160)} has the shape {shown(shape)}, and LoRA matrices have two sizes above 0"
-        )
+        raise _invalid(f"{shown(name, 160)} has the shape {shown(shape)}, and LoRA matrices have two sizes above 0")
     info = TensorInfo(dtype, (shape[0], shape[1]), begin)
     if begin < 0 or end - begin != info.nbytes:
         raise _invalid(
@@ -192,9 +184,7 @@ def _check_layout(tensors: Mapping[str, TensorInfo], data_size: int) -> None:
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
         if info.offset != end:
-            raise _invalid(
-                f"{shown(name, 160)} starts at byte {shown(info.offset)} of the data where {end} is free"
-            )
+            raise _invalid(f"{shown(name, 160)} starts at byte {shown(info.offset)} of the data where {end} is free")
         end += info.nbytes
     if end != data_size:
         raise _invalid(f"its tensors need {shown(end)} bytes of data, and it holds {data_size}")

@@ -118,8 +118,7 @@ class _Reader:
         for field, value in self._document.items():
             if (refusal := refusal_of(field, value)) is not None:
                 raise _invalid(
-                    f"adapter_config.json sets {shown(field)} to {shown(value)}: {refusal.why}. "
-                    f"{refusal.next_step}."
+                    f"adapter_config.json sets {shown(field)} to {shown(value)}: {refusal.why}. {refusal.next_step}."
                 )
         self._check_init()
         self._check_auto_mapping()
@@ -137,9 +136,7 @@ class _Reader:
             base_model=self._hint("base_model_name_or_path"),
             ignored=self._ignored(),
         )
-        if isinstance(config.target_modules, str) and (
-            config.layers_to_transform is not None or config.layers_pattern
-        ):
+        if isinstance(config.target_modules, str) and (config.layers_to_transform is not None or config.layers_pattern):
             raise _invalid(
                 "adapter_config.json sets layers_to_transform or layers_pattern beside a target_modules "
                 "that is a string; PEFT refuses that too. Put the layers into the expression, or write "
@@ -168,11 +165,7 @@ class _Reader:
 
     def _check_init(self) -> None:
         init = self._document.get("init_lora_weights")
-        if (
-            init is None
-            or isinstance(init, bool)
-            or (isinstance(init, str) and init.lower() in HARMLESS_INITS)
-        ):
+        if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in HARMLESS_INITS):
             return
         if isinstance(init, str) and init.lower().startswith(CHANGED_BASE_INITS):
             raise _invalid(
@@ -202,10 +195,7 @@ class _Reader:
 
     def _ignored(self) -> tuple[tuple[str, str], ...]:
         found = [
-            (field, IGNORED[field])
-            for field, value in self._document.items()
-            if field in IGNORED
-            if not is_off(value)
+            (field, IGNORED[field]) for field, value in self._document.items() if field in IGNORED if not is_off(value)
         ]
         for field, reason in (
             ("init_lora_weights", "it says how training began; this initialisation leaves the base as it is"),
@@ -222,8 +212,7 @@ class _Reader:
     def _required(self, field: str) -> Any:
         if self._document.get(field) is None:
             raise _invalid(
-                f"adapter_config.json does not say {field!r}. Send the file that PEFT's save_pretrained "
-                "wrote."
+                f"adapter_config.json does not say {field!r}. Send the file that PEFT's save_pretrained wrote."
             )
         return self._document[field]
 
@@ -291,6 +280,4 @@ class _Reader:
             return MappingProxyType({})
         if not isinstance(value, dict):
             raise self._wrong(field, value, "an object of module names and numbers")
-        return MappingProxyType(
-            {key: read(number, f"{field}[{shown(key)}]") for key, number in value.items()}
-        )
+        return MappingProxyType({key: read(number, f"{field}[{shown(key)}]") for key, number in value.items()})

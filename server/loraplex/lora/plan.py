@@ -77,8 +77,7 @@ def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, Mo
         modules[name] = module
     if not any(module.scaling for module in modules.values()):
         raise AdapterInvalid(
-            "The adapter has no effect: lora_alpha is 0 for every module. Correct lora_alpha in "
-            "adapter_config.json.",
+            "The adapter has no effect: lora_alpha is 0 for every module. Correct lora_alpha in adapter_config.json.",
             param="config",
         )
     notes = [f"target_modules names {shown(name)}, which no LoRA module of this base has" for name in
@@ -125,9 +124,7 @@ def _why_unknown(key: str) -> str:
     )
 
 
-def _check_modules(
-    halves: dict[str, dict[str, str]], selected: list[str], targets: Mapping[str, ModuleShape]
-) -> None:
+def _check_modules(halves: dict[str, dict[str, str]], selected: list[str], targets: Mapping[str, ModuleShape]) -> None:
     chosen = set(selected)
     for name, keys in halves.items():
         key = next(iter(keys.values()))
@@ -161,16 +158,10 @@ def _why_no_target(name: str, key: str, targets: Mapping[str, ModuleShape]) -> s
     # a wrapper's prefix (language_model., an extra model.) is the usual cause; compare by the last three
     # parts
     tail = ".".join(name.split(".")[-4:])
-    alike = [target for target in targets if target.endswith(tail)] or difflib.get_close_matches(
-        name, targets, 1
-    )
+    alike = [target for target in targets if target.endswith(tail)] or difflib.get_close_matches(name, targets, 1)
     if alike:
-        return (
-            f"{message} Did you mean {shown(_PREFIX + alike[0], 160)}? Save the adapter with that spelling."
-        )
-    return (
-        f"{message} Its modules are {listed(list(targets))}. Check that the adapter was trained on this base."
-    )
+        return f"{message} Did you mean {shown(_PREFIX + alike[0], 160)}? Save the adapter with that spelling."
+    return f"{message} Its modules are {listed(list(targets))}. Check that the adapter was trained on this base."
 
 
 def _check_shapes(module: ModulePlan, tensors: Mapping[str, TensorInfo]) -> None:

@@ -24,6 +24,7 @@ from loraplex.lora.digest import (
     open_regular,
     validate_digest,
 )
+from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, parse_header, read_header
 from loraplex.lora.peft import PeftConfig
 from loraplex.lora.plan import AdapterPlan, plan
@@ -47,6 +48,20 @@ class Checked:
     def digest(self) -> str:
         return self.weights.digest
 
+    @property
+    def facts(self) -> AdapterFacts:
+        """What the registry is to remember."""
+        modules = self.plan.modules
+        return AdapterFacts(
+            rank=self.plan.max_rank,
+            alpha=self.config.lora_alpha,
+            use_rslora=self.config.use_rslora,
+            num_modules=len(modules),
+            target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
+            dtype=self.dtype,
+            nbytes=self.nbytes,
+        )
+
 
 class AdapterReader:
     """Reads the adapters below `root` (one folder a digest) for a base with these `targets`.
@@ -68,17 +83,14 @@ class AdapterReader:
             config_bytes = _read_file(folder / CONFIG_NAME, MAX_CONFIG_BYTES)
             data = _read_file(folder / WEIGHTS_NAME)
             if _digest_of(config_bytes, data) != digest:
-                raise AdapterInvalid(
-                    "its files no longer have the recorded SHA-256: the disk or someone changed them"
-                )
+                raise AdapterInvalid("its files no longer have the recorded SHA-256: the disk or someone changed them")
             header = parse_header(bytes(data[: 8 + MAX_HEADER_BYTES]), len(data))
             adapter_plan = self.plan(PeftConfig.from_bytes(bytes(config_bytes)), header)
             return _pack(digest, adapter_plan, header, data, self._dtype)
         except (OSError, LoraplexError, MemoryError) as cause:
             why = cause.message if isinstance(cause, LoraplexError) else f"{type(cause).__name__}: {cause}"
             raise AdapterLoadFailed(
-                f"The adapter {digest[:64]} could not be loaded: {why}. Push the adapter again, or restore "
-                "its files."
+                f"The adapter {digest[:64]} could not be loaded: {why}. Push the adapter again, or restore its files."
             ) from cause
 
     def check(self, folder: Path) -> Checked:
@@ -171,6 +183,4 @@ def _tensor(info: TensorInfo, data_start: int, data: bytearray) -> torch.Tensor:
     if begin % dtype.itemsize:
         # a file may mix types, so that a float32 matrix starts between two multiples of 4
         return torch.frombuffer(data[begin : begin + info.nbytes], dtype=dtype).view(info.shape)
-    return torch.frombuffer(data, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=begin).view(
-        info.shape
-    )
+    return torch.frombuffer(data, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=begin).view(info.shape)

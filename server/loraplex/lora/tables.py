@@ -1,0 +1,54 @@
+"""The tables of the registry. `migrations` makes them; a test compares the two."""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+# A row a name, for ever: `last_version` only grows, so that a deleted version's number is never given again.
+adapters = Table(
+    "adapters",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("last_version", Integer, nullable=False),
+)
+
+# A row a version, for ever; a deleted one keeps its row with state "deleted".
+versions = Table(
+    "versions",
+    metadata,
+    Column("name", String(64), ForeignKey("adapters.name"), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("state", String(16), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("base_fingerprint", String(128), nullable=False),
+    Column("rank", Integer, nullable=False),
+    Column("alpha", Float, nullable=False),
+    Column("use_rslora", Boolean, nullable=False),
+    Column("num_modules", Integer, nullable=False),
+    Column("target_modules", JSON, nullable=False),
+    Column("dtype", String(16), nullable=False),
+    Column("nbytes", BigInteger, nullable=False),
+    Column("source", String(1024), nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("deleted_at", DateTime(timezone=True), nullable=True),
+    Index(None, "state", "name", "version"),
+)
