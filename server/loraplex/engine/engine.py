@@ -56,6 +56,7 @@ class Engine:
         self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
         self._sequences: dict[str, Sequence] = {}
         self.last_error: str | None = None  # the traceback of the latest failed step
+        self._is_stalled = False
         self._num_failed_steps = 0
         self._num_generated = 0
         self._num_loads = 0
@@ -82,12 +83,18 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._sequences)
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether the last step ran nothing, so that only a finished load or a message can change anything."""
+        return self._is_stalled
+
     # -- the step ---------------------------------------------------------------------------------------------
 
     def step(self) -> StepOutput:
         """One step for everything that can run. Raises EngineDied when it is no use going on."""
         outputs = self._take_loads()
         batch = self.scheduler.schedule()
+        self._is_stalled = not batch.entries and not outputs
         if batch.entries:
             try:
                 results = self.runner.execute(batch)

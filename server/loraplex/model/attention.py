@@ -77,11 +77,16 @@ class PagedStep:
     called: set[int] = field(default_factory=set)
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [T, Hq, D], k and v [T, Hkv, D or Dv] -> [T, Hq, Dv]. Rows past the last sequence are padding."""
+        """q [T, Hq, D], k and v [T, Hkv, D or Dv] -> [T, Hq, Dv]. Rows past the last sequence are padding: 0 out."""
         layer = self.cache.layers[index]
         self.called.add(index)
+        num_tokens = self.attn.slot_mapping.shape[0]
+        padding = q.shape[0] - num_tokens
+        if padding:
+            q, k, v = q[:num_tokens], k[:num_tokens], v[:num_tokens]
         self.ops.store_kv(k, v, layer.k, layer.v, self.attn.slot_mapping)
-        return self.ops.paged_attention(q, layer.k, layer.v, self.attn, layer.attention)
+        output = self.ops.paged_attention(q, layer.k, layer.v, self.attn, layer.attention)
+        return nn.functional.pad(output, (0, 0, 0, 0, 0, padding)) if padding else output
 
 
 @dataclass(slots=True)

@@ -1,0 +1,181 @@
+"""Generation: the output side of one request. Tokens come in from the engine, text goes out.
+
+It detokenizes, finds stop strings, trims, collects logprobs and usage, and aborts what is no longer wanted. A request
+has P prompts and n choices for each; choice index = prompt index * n + j. The non-streaming answer folds the stream.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+
+from loraplex.engine.async_engine import EngineClient
+from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput, TokenLogprobs
+from loraplex.errors import (
+    AdapterLoadFailed,
+    ContextLengthExceeded,
+    InvalidRequest,
+    LoraplexError,
+    NotReady,
+    Overloaded,
+    RequestFailed,
+)
+from loraplex.model.tokenizer import Tokenizer
+from loraplex.stopping import StopMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """What the output side does with the tokens; the engine knows nothing of it."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    echo: bool = False
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """One token of the answer as clients see it. `logprobs` None: the first prompt token, which nothing predicts."""
+
+    token_id: int
+    text: str
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceDelta:
+    """What one step added to one choice. `text` may be empty; `tokens` are there when logprobs were asked for."""
+
+    index: int
+    text: str
+    tokens: tuple[TokenInfo, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Choice:
+    index: int
+    request: EngineRequest
+    detokenizer: object
+    matcher: StopMatcher
+    num_tokens: int = 0
+    is_done: bool = False
+    has_started: bool = False
+
+
+@dataclass(slots=True)
+class Generation:
+    """A running request. `async for delta in generation`; raises RequestFailed and kin when a choice fails.
+
+    model, adapter  the concrete name that answers, and the version that was resolved ("" for the base)
+    lifetime        holds of the adapter's files, closed with the generation
+    """
+
+    request_id: str
+    model: str
+    adapter: str
+    requests: Sequence[EngineRequest]
+    options: OutputOptions
+    num_choices: int  # n: choices a prompt
+    engine: EngineClient
+    tokenizer: Tokenizer
+    lifetime: AsyncExitStack
+    usage: Usage = field(default_factory=Usage)
+    _choices: dict[str, _Choice] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for index, request in enumerate(self.requests):
+            detokenizer = self.tokenizer.detokenizer(
+                request.token_ids, skip_special_tokens=self.options.skip_special_tokens
+            )
+            matcher = StopMatcher(self.options.stop, include_stop=self.options.include_stop)
+            self._choices[request.seq_id] = _Choice(index, request, detokenizer, matcher)
+            if index % self.num_choices == 0:
+                self.usage.prompt_tokens += len(request.token_ids)
+
+    async def close(self) -> None:
+        await self.lifetime.aclose()
+
+    async def __aiter__(self) -> AsyncIterator[ChoiceDelta]:
+        outputs = self.engine.submit(tuple(self.requests))
+        num_open = len(self._choices)
+        try:
+            async for output in outputs:
+                choice = self._choices[output.seq_id]
+                if choice.is_done:
+                    continue
+                if output.failure is not None:
+                    raise as_error(output.failure)
+                delta = self._take(choice, output)
+                if delta.finish_reason is not None:
+                    choice.is_done = True
+                    num_open -= 1
+                    if output.finish_reason is None:
+                        self.engine.abort((output.seq_id,))
+                yield delta
+                if not num_open:
+                    break
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+            await self.close()
+
+    def _take(self, choice: _Choice, output: SequenceOutput) -> ChoiceDelta:
+        params = choice.request.params
+        text = ""
+        tokens: list[TokenInfo] = []
+        if not choice.has_started:
+            choice.has_started = True
+            if choice.index % self.num_choices == 0:
+                self.usage.cached_tokens += output.num_cached_tokens
+            if self.options.echo:
+                text = self._prompt_text(choice.request)
+                if params.prompt_logprobs is not None:
+                    first = choice.request.token_ids[0]
+                    tokens.append(TokenInfo(first, self.tokenizer.token_text(first), None))
+        tokens += (self._info(logprobs) for logprobs in output.prompt_logprobs)
+        reason, stop_reason = output.finish_reason, output.stop_reason
+        if output.token_id is not None:
+            self.usage.completion_tokens += 1
+            choice.num_tokens += 1
+            if output.logprobs is not None:
+                tokens.append(self._info(output.logprobs))
+            if reason is not FinishReason.STOP:  # the token that ends the text is not part of it
+                piece = choice.detokenizer.push(output.token_id)  # type: ignore[attr-defined]
+                text += choice.matcher.push(piece, is_armed=choice.num_tokens > self.options.min_tokens)
+            if choice.matcher.matched is not None:
+                return ChoiceDelta(choice.index, text, tuple(tokens), FinishReason.STOP, choice.matcher.matched)
+        if reason is not None:
+            text += choice.matcher.flush()
+        return ChoiceDelta(choice.index, text, tuple(tokens), reason, stop_reason)
+
+    def _prompt_text(self, request: EngineRequest) -> str:
+        return self.tokenizer.decode(request.token_ids, skip_special_tokens=self.options.skip_special_tokens)
+
+    def _info(self, logprobs: TokenLogprobs) -> TokenInfo:
+        return TokenInfo(logprobs.token_id, self.tokenizer.token_text(logprobs.token_id), logprobs)
+
+
+def as_error(failure: Failure) -> LoraplexError:
+    """The exception that stands for a failure that came out of the engine."""
+    match failure.code:
+        case "context_length_exceeded":
+            return ContextLengthExceeded(failure.message, param="messages")
+        case "invalid_request" | "duplicate_request":
+            return InvalidRequest(failure.message)
+        case "overloaded":
+            return Overloaded(failure.message)
+        case "adapter_load_failed" | "adapter_too_large":
+            return AdapterLoadFailed(failure.message, code=failure.code)
+        case "engine_stopped":
+            return NotReady(failure.message)
+        case _:
+            return RequestFailed(failure.message, code=failure.code)

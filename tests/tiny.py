@@ -1,0 +1,85 @@
+"""Tiny random models and adapters: real transformers classes, a few thousand parameters, margins made wide."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 128
+
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CONFIGS = {
+    "llama": {**_SHAPE, "tie_word_embeddings": False},
+    "qwen2": {**_SHAPE, "tie_word_embeddings": False},
+    "qwen3": {**_SHAPE, "head_dim": 32, "tie_word_embeddings": True},
+    "gemma2": {**_SHAPE, "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32},
+    "gpt2": {
+        "vocab_size": VOCAB,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+}
+
+
+def make_model(model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
+    """A random model whose next-token margins are real: weights are scaled up so that logits spread widely."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                is_embedding = any(part in name for part in ("embed", "wte", "wpe", "lm_head"))
+                scale = 0.5 if is_embedding else 2.0 / parameter.shape[-1] ** 0.5
+                parameter.normal_(0, scale)
+            elif name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_adapter(
+    targets: dict[str, ModuleShape],
+    *,
+    rank: int = 4,
+    seed: int = 0,
+    scaling: float = 2.0,
+    only: Iterable[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    digest: str | None = None,
+) -> LoRAWeights:
+    """A random adapter on the targets whose last name part is in `only` (None: all)."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = [s for n, s in targets.items() if only is None or n.rpartition(".")[2] in set(only)]
+    pairs = [
+        LoRAPair(
+            shape,
+            torch.randn(rank, shape.in_features, generator=generator) / shape.in_features**0.5,
+            torch.randn(shape.out_features, rank, generator=generator) * 0.3,
+            scaling,
+        )
+        for shape in chosen
+    ]
+    return pack(digest or f"{seed:064x}", pairs, dtype)
