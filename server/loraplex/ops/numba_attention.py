@@ -17,40 +17,40 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from loraplex.ops.numba_types import (
-    FLOAT32,
-    LANES,
+from loraplex.ops.numba_attention_tiles import KEYS, ZERO, dot_rows, padded, store_tile, sum_rows
+from loraplex.ops.numba_lanes import (
     add,
-    copy_bytes,
     divide,
     exp,
-    inline,
-    jit,
     keep_between,
-    load,
-    load_lanes,
     max_lanes,
     maximum,
     multiply,
-    multiply_add,
-    parallel_jit,
-    poke,
-    poke_four_sums,
-    read_float32,
-    read_int32,
-    read_int64,
-    size_of,
     splat,
-    store_first,
     subtract,
     sum_lanes,
     tanh,
 )
+from loraplex.ops.numba_types import (
+    FLOAT32,
+    LANES,
+    copy_bytes,
+    inline,
+    jit,
+    load,
+    load_lanes,
+    parallel_jit,
+    poke,
+    read_float32,
+    read_int32,
+    read_int64,
+    size_of,
+    store_first,
+)
 
-KEYS = 4 * LANES  # key positions of one tile
 ROWS = 16  # query rows of one task, unless a single token already has more
 
-ZERO, ONE = np.float32(0), np.float32(1)
+ONE = np.float32(1)
 NOTHING = np.float32(-np.inf)
 
 
@@ -83,76 +83,6 @@ def store_kv(
 
 
 @inline
-def _padded(size: int) -> int:
-    return (size + LANES - 1) // LANES * LANES
-
-
-@inline
-def _dot_rows(
-    element: Any, query: int, size: int, whole: bool, rows: int, keys: int, count: int, weight: int
-) -> None:
-    """weight[0:rows, 0:count rounded up to 4] = query · kᵀ; `keys` are the addresses of the KEYS keys."""
-    width = 4 * _padded(size)
-    for j in range(0, count, 4):
-        k0, k1 = read_int64(keys, j), read_int64(keys, j + 1)
-        k2, k3 = read_int64(keys, j + 2), read_int64(keys, j + 3)
-        for row in range(0, rows - rows % 2, 2):
-            _dot_2x4(
-                element,
-                query + row * width,
-                width,
-                size,
-                whole,
-                k0,
-                k1,
-                k2,
-                k3,
-                weight + 4 * (row * KEYS + j),
-            )
-        if rows % 2:
-            row = rows - 1
-            _dot_1x4(element, query + row * width, size, whole, k0, k1, k2, k3, weight + 4 * (row * KEYS + j))
-
-
-@inline
-def _dot_2x4(
-    element: Any, q: int, width: int, size: int, whole: bool, k0: int, k1: int, k2: int, k3: int, out: int
-) -> None:
-    zero = splat(ZERO)
-    a0, a1, a2, a3 = zero, zero, zero, zero
-    b0, b1, b2, b3 = zero, zero, zero, zero
-    for d in range(0, size, LANES):
-        at, count = d * size_of(element), size - d
-        a, b = load(FLOAT32, q + 4 * d), load(FLOAT32, q + width + 4 * d)
-        k = load_lanes(element, k0 + at, count, whole)
-        a0, b0 = multiply_add(a, k, a0), multiply_add(b, k, b0)
-        k = load_lanes(element, k1 + at, count, whole)
-        a1, b1 = multiply_add(a, k, a1), multiply_add(b, k, b1)
-        k = load_lanes(element, k2 + at, count, whole)
-        a2, b2 = multiply_add(a, k, a2), multiply_add(b, k, b2)
-        k = load_lanes(element, k3 + at, count, whole)
-        a3, b3 = multiply_add(a, k, a3), multiply_add(b, k, b3)
-    poke_four_sums(out, a0, a1, a2, a3)
-    poke_four_sums(out + 4 * KEYS, b0, b1, b2, b3)
-
-
-@inline
-def _dot_1x4(
-    element: Any, q: int, size: int, whole: bool, k0: int, k1: int, k2: int, k3: int, out: int
-) -> None:
-    zero = splat(ZERO)
-    a0, a1, a2, a3 = zero, zero, zero, zero
-    for d in range(0, size, LANES):
-        at, count = d * size_of(element), size - d
-        a = load(FLOAT32, q + 4 * d)
-        a0 = multiply_add(a, load_lanes(element, k0 + at, count, whole), a0)
-        a1 = multiply_add(a, load_lanes(element, k1 + at, count, whole), a1)
-        a2 = multiply_add(a, load_lanes(element, k2 + at, count, whole), a2)
-        a3 = multiply_add(a, load_lanes(element, k3 + at, count, whole), a3)
-    poke_four_sums(out, a0, a1, a2, a3)
-
-
-@inline
 def _logits(weight: int, scale: float, softcap: float, low: int, high: int) -> Any:
     """Sixteen logits, scaled and capped; -inf outside low..high."""
     x = multiply(load(FLOAT32, weight), splat(scale))
@@ -181,10 +111,7 @@ def _soften(weight: int, statistics: int, scale: float, softcap: float, low: int
         exp(subtract(c, shift)),
         exp(subtract(d, shift)),
     )
-    store_first(FLOAT32, weight, a, LANES)
-    store_first(FLOAT32, weight + 4 * LANES, b, LANES)
-    store_first(FLOAT32, weight + 8 * LANES, c, LANES)
-    store_first(FLOAT32, weight + 12 * LANES, d, LANES)
+    store_tile(weight, a, b, c, d)
     correction = _exp(before - largest if largest > NOTHING else ZERO)
     poke(statistics, largest)
     poke(statistics + 4, total * correction + sum_lanes(add(add(a, b), add(c, d))))
@@ -194,72 +121,6 @@ def _soften(weight: int, statistics: int, scale: float, softcap: float, low: int
 @inline
 def _exp(x: float) -> float:
     return max_lanes(exp(splat(x)))
-
-
-@inline
-def _sum_rows(
-    element: Any,
-    size: int,
-    rows: int,
-    values: int,
-    count: int,
-    weight: int,
-    statistics: int,
-    total: int,
-) -> None:
-    """total[row] = correction · total[row] + Σ_j weight[row, j] · v[j], for j < count in order."""
-    width = _padded(size)
-    tiles = size - size % (4 * LANES)
-    for row in range(rows):
-        correction = splat(read_float32(statistics, 3 * row + 2))
-        w, out = weight + 4 * row * KEYS, total + 4 * row * width
-        for d in range(0, tiles, 4 * LANES):
-            _sum_tile(element, d, values, count, w, correction, out + 4 * d)
-        for d in range(tiles, size, LANES):
-            if size - d >= LANES:
-                _sum_lane(element, d, LANES, True, values, count, w, correction, out + 4 * d)
-            else:
-                _sum_lane(element, d, size - d, False, values, count, w, correction, out + 4 * d)
-
-
-@inline
-def _sum_tile(element: Any, d: int, values: int, count: int, weight: int, correction: Any, out: int) -> None:
-    """_sum_rows for the 4 · LANES features from d of one row."""
-    step = LANES * size_of(element)
-    s0 = multiply(correction, load(FLOAT32, out))
-    s1 = multiply(correction, load(FLOAT32, out + 4 * LANES))
-    s2 = multiply(correction, load(FLOAT32, out + 8 * LANES))
-    s3 = multiply(correction, load(FLOAT32, out + 12 * LANES))
-    for j in range(count):
-        v, w = read_int64(values, j) + d * size_of(element), splat(read_float32(weight, j))
-        s0 = multiply_add(w, load(element, v), s0)
-        s1 = multiply_add(w, load(element, v + step), s1)
-        s2 = multiply_add(w, load(element, v + 2 * step), s2)
-        s3 = multiply_add(w, load(element, v + 3 * step), s3)
-    store_first(FLOAT32, out, s0, LANES)
-    store_first(FLOAT32, out + 4 * LANES, s1, LANES)
-    store_first(FLOAT32, out + 8 * LANES, s2, LANES)
-    store_first(FLOAT32, out + 12 * LANES, s3, LANES)
-
-
-@inline
-def _sum_lane(
-    element: Any,
-    d: int,
-    lanes: int,
-    whole: bool,
-    values: int,
-    count: int,
-    weight: int,
-    correction: Any,
-    out: int,
-) -> None:
-    """_sum_rows for the `lanes` features from d of one row."""
-    total = multiply(correction, load(FLOAT32, out))
-    for j in range(count):
-        v = load_lanes(element, read_int64(values, j) + d * size_of(element), lanes, whole)
-        total = multiply_add(splat(read_float32(weight, j)), v, total)
-    store_first(FLOAT32, out, total, LANES)
 
 
 @inline
@@ -290,7 +151,7 @@ def _attend(
     """
     block_size, k_size, v_size, group = sizes
     rows = tokens * group
-    k_width, v_width = _padded(k_size), _padded(v_size)
+    k_width, v_width = padded(k_size), padded(v_size)
     weight = scratch + 4 * rows * k_width
     total = weight + 4 * rows * KEYS
     statistics = total + 4 * rows * v_width
@@ -316,16 +177,14 @@ def _attend(
             poke(values + 8 * j, v_cache + block * v_strides[0] + place * v_strides[1])
         count = min(KEYS, last + 1 - tile)
         if k_size % LANES == 0:
-            _dot_rows(element, scratch, k_size, True, rows, keys, count, weight)
+            dot_rows(element, scratch, k_size, True, rows, keys, count, weight)
         else:
-            _dot_rows(element, scratch, k_size, False, rows, keys, count, weight)
+            dot_rows(element, scratch, k_size, False, rows, keys, count, weight)
         for row in range(rows):
             position = first + row // group
             low, high = position - window + 1 - tile, position - tile
-            _soften(
-                weight + 4 * row * KEYS, statistics + 12 * row, scale, softcap, max(low, -1), min(high, KEYS)
-            )
-        _sum_rows(element, v_size, rows, values, count, weight, statistics, total)
+            _soften(weight + 4 * row * KEYS, statistics + 12 * row, scale, softcap, max(low, -1), min(high, KEYS))
+        sum_rows(element, v_size, rows, values, count, weight, statistics, total)
     for row in range(rows):
         largest, denominator = read_float32(statistics, 3 * row), read_float32(statistics, 3 * row + 1)
         correction = ONE
@@ -424,13 +283,14 @@ def paged_attention(
     if workers == 1:
         attention_share(
             element, q, q_strides, out, out_strides, k_cache, k_strides, v_cache, v_strides, sizes, heads,
-            sequences, scale, window, softcap, sinks, scratch, 0, 1,
+            sequences, scale, window, softcap, sinks, scratch, np.int64(0), workers,
         )  # fmt: skip
     else:
         for worker in prange(workers):
             attention_share(
                 element, q, q_strides, out, out_strides, k_cache, k_strides, v_cache, v_strides, sizes, heads,
-                sequences, scale, window, softcap, sinks, scratch + worker * scratch_stride, worker, workers,
+                sequences, scale, window, softcap, sinks, scratch + np.int64(worker) * scratch_stride, np.int64(worker),
+                workers,
             )  # fmt: skip
 
 

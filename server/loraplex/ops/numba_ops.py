@@ -44,9 +44,7 @@ def warm_up(dtype: torch.dtype) -> None:
         return
     x, y = torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     none = torch.zeros(0, dtype=torch.int32)
-    module = ModulePool(
-        1, 1, [], none.long(), none, none.long(), none.long(), torch.zeros(0, dtype=torch.float32)
-    )
+    module = ModulePool(1, 1, [], none.long(), none, none.long(), none.long(), torch.zeros(0, dtype=torch.float32))
     lora = LoRASegments(none, none, none, none.float(), none, 1, 1)
     add_lora(y, x, module, lora)
     expand(y, shrink(x, module, lora), module, lora)
