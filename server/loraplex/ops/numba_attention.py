@@ -1,6 +1,6 @@
 """Paged attention and the writing of its cache on a CPU.
 
-A task is one key/value head with a few neighbouring tokens of one sequence: TOKENS·G query rows that share the loads
+A task is one key/value head with a few neighbouring tokens of one sequence: at most ROWS query rows (or G) that share the loads
 of keys and values (G = query heads per key/value head). It walks the keys in tiles of KEYS positions, aligned to
 position 0, with an online softmax in float32 (Milakov and Gimelshein 2018). Positions a row may not see get the logit
 -inf and so add exactly nothing: a row's result depends on its own position and window alone, not on the tokens it
@@ -105,12 +105,8 @@ def _soften(weight: int, statistics: int, scale: float, softcap: float, low: int
     before, total = read_float32(statistics, 0), read_float32(statistics, 1)
     largest = max(before, max_lanes(maximum(maximum(a, b), maximum(c, d))))
     shift = splat(largest if largest > NOTHING else ZERO)  # nothing visible yet: every weight is exp(-inf)
-    a, b, c, d = (
-        exp(subtract(a, shift)),
-        exp(subtract(b, shift)),
-        exp(subtract(c, shift)),
-        exp(subtract(d, shift)),
-    )
+    a, b = exp(subtract(a, shift)), exp(subtract(b, shift))
+    c, d = exp(subtract(c, shift)), exp(subtract(d, shift))
     store_tile(weight, a, b, c, d)
     correction = _exp(before - largest if largest > NOTHING else ZERO)
     poke(statistics, largest)
@@ -119,7 +115,8 @@ def _soften(weight: int, statistics: int, scale: float, softcap: float, low: int
 
 
 @inline
-def _exp(x: float) -> float:
+def _exp(x: Any) -> Any:
+    """exp of one float32 <= 0."""
     return max_lanes(exp(splat(x)))
 
 
@@ -279,23 +276,24 @@ def paged_attention(
     workers: int,
 ) -> None:
     """All tasks, split among `workers`; sequences = (B, cu_seqlens_q, seq_lens, block_tables, its row's bytes)."""
-    scale, softcap = np.float32(scale), np.float32(softcap)
+    single_scale, single_softcap = np.float32(scale), np.float32(softcap)
     if workers == 1:
         attention_share(
             element, q, q_strides, out, out_strides, k_cache, k_strides, v_cache, v_strides, sizes, heads,
-            sequences, scale, window, softcap, sinks, scratch, np.int64(0), workers,
+            sequences, single_scale, window, single_softcap, sinks, scratch, np.int64(0), workers,
         )  # fmt: skip
     else:
-        for worker in prange(workers):
+        for i in prange(workers):
+            worker = np.int64(i)  # prange counts in uint64
             attention_share(
                 element, q, q_strides, out, out_strides, k_cache, k_strides, v_cache, v_strides, sizes, heads,
-                sequences, scale, window, softcap, sinks, scratch + np.int64(worker) * scratch_stride, np.int64(worker),
+                sequences, single_scale, window, single_softcap, sinks, scratch + worker * scratch_stride, worker,
                 workers,
             )  # fmt: skip
 
 
-def scratch_words(tokens_group: int, k_size: int, v_size: int) -> int:
-    """Float32 words of scratch one worker needs; `tokens_group`: query heads per key/value head."""
-    rows = max(ROWS, tokens_group)
+def scratch_words(group: int, k_size: int, v_size: int) -> int:
+    """Float32 words of scratch one worker needs; `group`: query heads per key/value head."""
+    rows = max(ROWS, group)
     padded = (k_size + LANES - 1) // LANES * LANES + (v_size + LANES - 1) // LANES * LANES
     return rows * (padded + KEYS + 3) + 4 * KEYS + 2

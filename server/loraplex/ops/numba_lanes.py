@@ -8,7 +8,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
 from loraplex.ops.numba_types import (
     BITS,
@@ -18,6 +17,7 @@ from loraplex.ops.numba_types import (
     emit_splat,
     first_lanes,
     float32x16,
+    intrinsic,
     llvm_call,
 )
 

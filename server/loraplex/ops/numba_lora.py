@@ -195,11 +195,11 @@ def expand(
     else:
         share = (columns + workers * TILE - 1) // (workers * TILE) * TILE
         for worker in prange(workers):
-            low = np.int64(worker) * share
+            low = min(columns, np.int64(worker) * share)
             expand_share(element, y, y_stride, s, s_stride, segments, module, low, min(columns, low + share))
 
 
-@parallel_jit
+@jit
 def add_lora(
     element: Any,
     y: int,

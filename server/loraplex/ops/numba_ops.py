@@ -12,6 +12,7 @@ The GIL is free while a kernel runs.
 
 import numba
 import torch
+from numba.core import config
 from torch import Tensor
 
 from loraplex.ops import (
@@ -35,7 +36,7 @@ SERIAL_WORK = 300_000
 def set_num_threads(count: int) -> None:
     """Let torch and the kernels use `count` threads, called in the thread that will call the ops."""
     torch.set_num_threads(count)
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(count, config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def warm_up(dtype: torch.dtype) -> None:
@@ -99,6 +100,7 @@ def paged_attention(
     words = numba_attention.scratch_words(group, k_size, v_size)
     scratch = torch.empty(workers * words, dtype=torch.float32)
     sinks = layer.sinks
+    assert sinks is None or sinks.dtype == torch.float32
     tables = attn.block_tables
     numba_attention.paged_attention(
         element,
@@ -119,9 +121,9 @@ def paged_attention(
             tables.data_ptr(),
             tables.stride(0) * 4,
         ),
-        layer.scale,
+        float(layer.scale),
         UNLIMITED if layer.window is None else layer.window,
-        0.0 if layer.softcap is None else layer.softcap,
+        0.0 if layer.softcap is None else float(layer.softcap),
         0 if sinks is None else sinks.data_ptr(),
         scratch.data_ptr(),
         4 * words,
@@ -174,8 +176,8 @@ def expand(y: Tensor, s: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
 def add_lora(y: Tensor, x: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
     """y[s:e] += scale · (x[s:e] @ Aᵀ) @ Bᵀ for every segment, in place: expand of shrink, in one call."""
     element = ELEMENTS.get(x.dtype)
-    if element is None or x.stride(1) != 1 or y.stride(1) != 1:
-        return expand(y, shrink(x, pool, lora), pool, lora)
+    if element is None or y.dtype != x.dtype or x.stride(1) != 1 or y.stride(1) != 1:
+        return torch_ops.add_lora(y, x, pool, lora)
     s = torch.empty(lora.num_rows, lora.max_rank, dtype=torch.float32)
     size = x.element_size()
     numba_lora.add_lora(

@@ -23,10 +23,12 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
+from numba import extending
 from numba.core import cgutils, types
-from numba.extending import intrinsic, models, register_model
+from numba.extending import models, register_model
 
 LANES = 16
+intrinsic: Any = extending.intrinsic  # its annotations do not say that numba passes the first argument
 FLOAT32 = np.float32(0)
 BFLOAT16 = np.uint16(0)
 
@@ -236,7 +238,7 @@ def load_lanes(element: Any, address: int, count: int, whole: bool) -> Any:
 
 @inline
 def read_int32(column: int, index: int) -> int:
-    return np.int64(peek(np.int32(0), column + 4 * index))
+    return int(peek(np.int32(0), column + 4 * index))
 
 
 @inline
