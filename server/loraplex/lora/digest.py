@@ -5,6 +5,7 @@
 The two inner digests are joined as 32 raw bytes each.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -45,7 +46,7 @@ def open_regular(path: Path, *, follow_symlinks: bool = False) -> int:
     fd = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(f"{path} is not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return fd
 
 

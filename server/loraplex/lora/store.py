@@ -121,10 +121,12 @@ class AdapterStore:
             try:
                 if not self._is_intact(digest):
                     fsync_folder(staging.folder)
+                    damaged = self._staging / uuid.uuid4().hex
                     if blob.exists():
-                        os.rename(blob, self._staging / uuid.uuid4().hex)
+                        os.rename(blob, damaged)
                     os.rename(staging.folder, blob)
                     fsync_folder(self.blobs)
+                    _remove(damaged)
             except OSError as cause:
                 raise storage_full(cause, f"the adapter {digest}") from cause
             staging.folder = blob
@@ -312,5 +314,5 @@ def _copy(source: Path, file: StagedFile) -> None:
 
 def _unreadable(path: Path, cause: OSError) -> AdapterInvalid:
     return AdapterInvalid(
-        f"{path} cannot be read: {shown(cause.strerror or str(cause))}. Check the file and its rights.",
+        f"{path} cannot be read: {shown(cause.strerror or str(cause), 200)}. Check the file and its rights.",
     )
