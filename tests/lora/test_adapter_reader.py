@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Adapter, Base, save_with_peft
+from peft_folders import Adapter, Base, save_with_peft
 
 from loraplex.errors import AdapterInvalid, AdapterLoadFailed, PickleRefused
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME
@@ -241,6 +241,15 @@ def test_an_adapter_without_effect(adapter: Adapter):
 
     adapter.edit(zero_one).reader().check(adapter.folder)
     check_refuses(adapter.edit(zero_all), "without effect")
+
+
+def test_all_modules_without_scale(adapter: Adapter):
+    check_refuses(adapter.set(lora_alpha=8, alpha_pattern={".*": 0}), "no effect")
+
+
+def test_a_scale_of_zero_in_one_module(adapter: Adapter):
+    checked = adapter.set(alpha_pattern={"q_proj": 0}).reader().check(adapter.folder)
+    assert {delta.scaling for delta in checked.weights.modules.values()} == {0.0, 2.0}
 
 
 def test_scalings(adapter: Adapter):

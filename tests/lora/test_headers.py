@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft_folders import Adapter
 from safetensors.torch import save
 
 from loraplex.errors import AdapterInvalid, PickleRefused

@@ -17,7 +17,7 @@ from loraplex.lora.registry import Registry, sqlite_url
 from loraplex.lora.tables import metadata
 from loraplex.lora.version import Version
 
-FACTS = AdapterFacts(8, 16.0, True, 14, ("q_proj", "v_proj"), "BF16", 12345)
+FACTS = AdapterFacts(8, 16.0, True, 14, ("q_proj", "v_proj"), "BF16", 12345, 678)
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 

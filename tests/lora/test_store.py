@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Adapter
+from peft_folders import Adapter
 
 from loraplex.errors import (
     AdapterInvalid,
@@ -380,3 +380,35 @@ def test_threads(store: AdapterStore):
     assert not errors
     store.sweep(frozenset)
     assert not store.digests()
+
+
+def test_a_sweep_that_the_disk_refuses(store: AdapterStore, monkeypatch: pytest.MonkeyPatch):
+    digest = put(store)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(DISK[1]))
+        with pytest.raises(StorageFull, match="removal"):
+            store.sweep(frozenset)
+    assert store.digests() == {digest}
+    assert store.sweep(frozenset) == [digest]
+
+
+def test_a_source_that_breaks_while_it_is_copied(
+    store: AdapterStore, llama_adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(_: int) -> Any:
+        yield b"some"
+        raise DISK[2]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loraplex.lora.store.read_chunks", broken)
+        with pytest.raises(AdapterInvalid, match="Input/output"), store.import_folder(llama_adapter.folder):
+            raise AssertionError("not reached")
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with AdapterStore(tmp_path) as store:
+        put(store)

@@ -147,6 +147,7 @@ def _json_object(text: bytes) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # safetensors takes one of two entries of the same name without a word
     entries = dict(pairs)
     if len(entries) != len(pairs):
         raise ValueError("an object names the same key twice")

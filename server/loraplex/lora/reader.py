@@ -60,6 +60,7 @@ class Checked:
             target_modules=tuple(sorted({name.rpartition(".")[2] for name in modules})),
             dtype=self.dtype,
             nbytes=self.nbytes,
+            num_values=self.weights.slab.numel(),
         )
 
 
@@ -143,19 +144,20 @@ def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan) -> None:
         )
 
 
-def _digest_of(config: bytearray, weights: bytearray) -> str:
+def _digest_of(config: memoryview, weights: memoryview) -> str:
     return adapter_digest(hashlib.sha256(config).digest(), hashlib.sha256(weights).digest())
 
 
-def _read_file(path: Path, limit: int | None = None) -> bytearray:
+def _read_file(path: Path, limit: int | None = None) -> memoryview:
     """The bytes of a regular file (at most `limit`), writable so that tensors can be views of them."""
     fd = open_regular(path)
     with open(fd, "rb", buffering=0) as file:
         size = os.fstat(fd).st_size
-        data = bytearray(size if limit is None else min(size, limit))
-        view, done = memoryview(data), 0
+        # not a bytearray: that would first be filled with zeros while no other thread runs
+        data = torch.empty(size if limit is None else min(size, limit), dtype=torch.uint8).numpy().data
+        done = 0
         while done < len(data):
-            count = file.readinto(view[done:])
+            count = file.readinto(data[done:])
             if not count:
                 raise OSError(f"{path} ends after {done} of {len(data)} bytes")
             done += count
@@ -163,7 +165,7 @@ def _read_file(path: Path, limit: int | None = None) -> bytearray:
 
 
 def _pack(
-    digest: str, adapter_plan: AdapterPlan, header: SafetensorsHeader, data: bytearray, dtype: torch.dtype
+    digest: str, adapter_plan: AdapterPlan, header: SafetensorsHeader, data: memoryview, dtype: torch.dtype
 ) -> LoRAWeights:
     pairs = (
         LoRAPair(
@@ -177,10 +179,10 @@ def _pack(
     return pack(digest, pairs, dtype)
 
 
-def _tensor(info: TensorInfo, data_start: int, data: bytearray) -> torch.Tensor:
+def _tensor(info: TensorInfo, data_start: int, data: memoryview) -> torch.Tensor:
     begin = data_start + info.offset
     dtype = _DTYPES[info.dtype]
     if begin % dtype.itemsize:
         # a file may mix types, so that a float32 matrix starts between two multiples of 4
-        return torch.frombuffer(data[begin : begin + info.nbytes], dtype=dtype).view(info.shape)
+        return torch.frombuffer(bytearray(data[begin : begin + info.nbytes]), dtype=dtype).view(info.shape)
     return torch.frombuffer(data, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=begin).view(info.shape)

@@ -114,7 +114,8 @@ class Registry:
                 base_fingerprint=base_fingerprint,
                 state=READY,
                 created_at=datetime.now(UTC),
-                source=source[:_MAX_SOURCE_CHARS],
+                # a path may hold bytes that are no text
+                source=source[:_MAX_SOURCE_CHARS].encode(errors="replace").decode(),
                 facts=facts,
             )
             if last is None:
@@ -247,6 +248,7 @@ def _row(version: Version) -> dict[str, Any]:
         "target_modules": list(facts.target_modules),
         "dtype": facts.dtype,
         "nbytes": facts.nbytes,
+        "num_values": facts.num_values,
         "source": version.source,
         "created_at": version.created_at,
     }
@@ -262,6 +264,7 @@ def _version(row: Row[Any]) -> Version:
         target_modules=tuple(row.target_modules),
         dtype=row.dtype,
         nbytes=row.nbytes,
+        num_values=row.num_values,
     )
     return Version(
         name=row.name,

@@ -67,8 +67,11 @@ class ModuleRules:
         """The entries of a target_modules list that are the name or tail of none of `names`."""
         if isinstance(self._config.target_modules, str):
             return []
-        tails = {tail for name in names for tail in _tails(name)}
-        return [target for target in self._config.target_modules if target not in tails]
+        last = {name.rpartition(".")[2] for name in names}
+        missing = [target for target in self._config.target_modules if target not in last]
+        # most lists hold last parts only, and a load should not wait for the tails of every name
+        tails = {tail for name in names for tail in _tails(name)} if missing else set()
+        return [target for target in missing if target not in tails]
 
     def _layer_of(self, name: str) -> int | None:
         if not self._layer_patterns:
@@ -90,7 +93,7 @@ class _Selection:
     def matches(self, name: str) -> bool:
         if self._expression is not None:
             return bool(self._clock.match(self._expression, name, whole=True))
-        return any(tail in self._names for tail in _tails(name))
+        return bool(self._names) and any(tail in self._names for tail in _tails(name))
 
     def names_whole(self, name: str) -> bool:
         return name in self._names

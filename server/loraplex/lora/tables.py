@@ -47,6 +47,7 @@ versions = Table(
     Column("target_modules", JSON, nullable=False),
     Column("dtype", String(16), nullable=False),
     Column("nbytes", BigInteger, nullable=False),
+    Column("num_values", BigInteger, nullable=False),
     Column("source", String(1024), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("deleted_at", DateTime(timezone=True), nullable=True),

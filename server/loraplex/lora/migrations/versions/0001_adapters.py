@@ -30,6 +30,7 @@ def upgrade() -> None:
         sa.Column("target_modules", sa.JSON, nullable=False),
         sa.Column("dtype", sa.String(16), nullable=False),
         sa.Column("nbytes", sa.BigInteger, nullable=False),
+        sa.Column("num_values", sa.BigInteger, nullable=False),
         sa.Column("source", sa.String(1024), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
