@@ -1,12 +1,14 @@
 """Row invariance: what a kernel gives for a token is bit-equal whatever else is in the batch, wherever the token
 stands, however its sequence was cut, on however many threads."""
 
+import sys
+
 import pytest
 import torch
 from ops_cases import DTYPES, Heads, Paged, make_paged, make_pool, make_segments, normal
 from torch import Tensor
 
-from loraplex.ops import LayerAttention, ModulePool, numba_ops
+from loraplex.ops import LayerAttention, ModulePool, numba_attention, numba_ops, numba_threads
 
 LENGTHS = range(1, 258)
 PARTS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,7 +75,7 @@ def test_compositions_do_not_depend_on_their_neighbours(dtype: torch.dtype) -> N
 @PARTS
 @pytest.mark.parametrize("threads", [2, 3])
 def test_lora_on_any_number_of_threads(dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with more workers than numba has threads, and with fewer rows and columns than workers."""
+    """Also with more workers than cores, and with fewer rows and columns than workers."""
     pool = make_pool([16, 5, 64, 0, 3], 80, 200, dtype)
     monkeypatch.setattr(numba_ops, "SERIAL_WORK", 0)
     for rows in (1, 2, 7, 33):
@@ -90,7 +92,7 @@ def test_small_work_stays_on_one_thread() -> None:
     lora = make_segments([(0, 2, 0, 1.0)], pool)
     numba_ops.set_num_threads(2)
     assert numba_ops._workers(lora, 280) == 1
-    assert numba_ops._workers(make_segments([(0, 200, 0, 1.0)], pool), 280) == 2
+    assert numba_ops._workers(make_segments([(0, 400, 0, 1.0)], pool), 280) == 2
 
 
 def attend(case: Paged, layer: str) -> Tensor:
@@ -144,7 +146,14 @@ def test_attention_whatever_the_neighbours_and_blocks(dtype: torch.dtype, layer:
 @PARTS
 @pytest.mark.parametrize("threads", [2, 3])
 def test_attention_on_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
-    case = make_paged([(0, 33), (100, 1), (3, 20)], HEADS, dtype)
+    case = make_paged([(0, 33), (300, 1), (3, 200)], HEADS, dtype)
+    assert 2 * numba_attention.SERIAL_WORK < 200 * 200 * 6 * (64 + 48)
     serial = attend(case, "all")
     numba_ops.set_num_threads(threads)
     assert torch.equal(attend(case, "all"), serial)
+
+
+def test_workers_run_on_torchs_openmp_threads() -> None:
+    """Elsewhere the kernels are right but use one thread; where torch brings OpenMP it must be found."""
+    wanted = torch.backends.openmp.is_available() and sys.platform == "linux"
+    assert numba_threads.has_openmp() == wanted

@@ -1,10 +1,10 @@
 """Paged attention and the writing of its cache on a CPU.
 
-A task is one key/value head with a few neighbouring tokens of one sequence: at most ROWS query rows (or G) that share the loads
-of keys and values (G = query heads per key/value head). It walks the keys in tiles of KEYS positions, aligned to
-position 0, with an online softmax in float32 (Milakov and Gimelshein 2018). Positions a row may not see get the logit
--inf and so add exactly nothing: a row's result depends on its own position and window alone, not on the tokens it
-shares a task with, nor on how its sequence was cut into chunks.
+A task is one key/value head with a few neighbouring tokens of one sequence; G query heads a key/value head make up to
+ROWS query rows (one token: G), which share the loads of keys and values. A task walks the keys in tiles of KEYS
+positions, aligned to position 0, with an online softmax in float32 (Milakov and Gimelshein 2018). Positions a row may
+not see get the logit -inf and so add exactly nothing: a row's result depends on its own position and window alone, not
+on the tokens it shares a task with, nor on how its sequence was cut into chunks.
 
 Arguments are data pointers and int64s; strides are in bytes, of a token's row and of a head within it, for the caches
 of a block, of a position and of a head. Scratch of one worker, in float32 words:
@@ -15,7 +15,6 @@ of a block, of a position and of a head. Scratch of one worker, in float32 words
 from typing import Any
 
 import numpy as np
-from numba import prange
 
 from loraplex.ops.numba_attention_tiles import KEYS, ZERO, dot_rows, padded, store_tile, sum_rows
 from loraplex.ops.numba_lanes import (
@@ -31,6 +30,7 @@ from loraplex.ops.numba_lanes import (
     sum_lanes,
     tanh,
 )
+from loraplex.ops.numba_threads import run_workers
 from loraplex.ops.numba_types import (
     FLOAT32,
     LANES,
@@ -39,7 +39,6 @@ from loraplex.ops.numba_types import (
     jit,
     load,
     load_lanes,
-    parallel_jit,
     poke,
     read_float32,
     read_int32,
@@ -49,6 +48,9 @@ from loraplex.ops.numba_types import (
 )
 
 ROWS = 16  # query rows of one task, unless a single token already has more
+
+# Multiply-adds (one thread: some 20 us) below which a second thread costs more than it saves.
+SERIAL_WORK = 500_000
 
 ONE = np.float32(1)
 NOTHING = np.float32(-np.inf)
@@ -199,6 +201,7 @@ def _attend(
 
 @jit
 def attention_share(
+    worker: int,
     element: Any,
     q: int,
     q_strides: Any,
@@ -216,7 +219,7 @@ def attention_share(
     softcap: float,
     sinks: int,
     scratch: int,
-    worker: int,
+    scratch_stride: int,
     workers: int,
 ) -> None:
     """Every `workers`-th task, from `worker` on, in the order sequence, tokens, head."""
@@ -248,12 +251,12 @@ def attention_share(
                         window,
                         softcap,
                         sinks + 4 * head * group if sinks != 0 else 0,
-                        scratch,
+                        scratch + worker * scratch_stride,
                     )
                 task += 1
 
 
-@parallel_jit
+@jit
 def paged_attention(
     element: Any,
     q: int,
@@ -276,20 +279,21 @@ def paged_attention(
     workers: int,
 ) -> None:
     """All tasks, split among `workers`; sequences = (B, cu_seqlens_q, seq_lens, block_tables, its row's bytes)."""
-    single_scale, single_softcap = np.float32(scale), np.float32(softcap)
-    if workers == 1:
-        attention_share(
-            element, q, q_strides, out, out_strides, k_cache, k_strides, v_cache, v_strides, sizes, heads,
-            sequences, single_scale, window, single_softcap, sinks, scratch, np.int64(0), workers,
-        )  # fmt: skip
-    else:
-        for i in prange(workers):
-            worker = np.int64(i)  # prange counts in uint64
-            attention_share(
-                element, q, q_strides, out, out_strides, k_cache, k_strides, v_cache, v_strides, sizes, heads,
-                sequences, single_scale, window, single_softcap, sinks, scratch + worker * scratch_stride, worker,
-                workers,
-            )  # fmt: skip
+    num_sequences, cu_seqlens_q, seq_lens, _, _ = sequences
+    pairs = 0
+    for i in range(num_sequences):
+        new = read_int32(cu_seqlens_q, i + 1) - read_int32(cu_seqlens_q, i)
+        pairs += new * min(read_int32(seq_lens, i), window)
+    if pairs * heads * sizes[3] * (sizes[1] + sizes[2]) < SERIAL_WORK:
+        workers = 1
+    run_workers(
+        attention_share,
+        workers,
+        (
+            element, q, q_strides, out, out_strides, k_cache, k_strides, v_cache, v_strides, sizes, heads, sequences,
+            np.float32(scale), window, np.float32(softcap), sinks, scratch, scratch_stride, workers,
+        ),
+    )  # fmt: skip
 
 
 def scratch_words(group: int, k_size: int, v_size: int) -> int:

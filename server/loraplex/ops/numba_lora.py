@@ -13,15 +13,12 @@ and `ModulePool`. x, y, s are data pointers, their strides in bytes.
 
 from typing import Any
 
-import numpy as np
-from numba import prange
-
 from loraplex.ops.numba_lora_tiles import TILE, add_1_row, add_4_rows, add_few, dot_1x1, dot_1x4, dot_4x4
+from loraplex.ops.numba_threads import run_workers
 from loraplex.ops.numba_types import (
     LANES,
     inline,
     jit,
-    parallel_jit,
     read_float32,
     read_int32,
     read_int64,
@@ -67,17 +64,20 @@ def _shrink_rows(
 
 @jit
 def shrink_share(
+    worker: int,
     element: Any,
     x: int,
     x_stride: int,
     s: int,
     s_stride: int,
+    num_rows: int,
     segments: Any,
     module: Any,
-    first: int,
-    last: int,
+    workers: int,
 ) -> None:
-    """The rows first..last (last excluded) of s, of whatever segments they are."""
+    """One of `workers` equal shares of the rows of s, of whatever segments they are."""
+    share = (num_rows + workers - 1) // workers
+    first, last = worker * share, min(num_rows, worker * share + share)
     num_segments, start, end, place, _, offset = segments
     features, _, address, rank, offset_a, _, _ = module
     for i in range(num_segments):
@@ -98,6 +98,7 @@ def shrink_share(
 
 @jit
 def expand_share(
+    worker: int,
     element: Any,
     y: int,
     y_stride: int,
@@ -105,12 +106,13 @@ def expand_share(
     s_stride: int,
     segments: Any,
     module: Any,
-    first: int,
-    last: int,
+    workers: int,
 ) -> None:
-    """The columns first..last (last excluded) of y, every segment in order: no two workers write one column."""
+    """One of `workers` shares of the columns of y, every segment in order: no two workers write one column."""
     num_segments, start, end, place, scale, offset = segments
     _, features, address, rank, _, offset_b, scaling = module
+    share = (features + workers * TILE - 1) // (workers * TILE) * TILE
+    first, last = min(features, worker * share), min(features, worker * share + share)
     tiles = last - (last - first) % TILE
     for i in range(num_segments):
         where = read_int32(place, i)
@@ -154,7 +156,7 @@ def expand_share(
                 )
 
 
-@parallel_jit
+@jit
 def shrink(
     element: Any,
     x: int,
@@ -167,36 +169,15 @@ def shrink(
     workers: int,
 ) -> None:
     """s[offset_i + t, :rank] = x[start_i + t] · Aᵀ; the rows of s are split among `workers`."""
-    if workers == 1:
-        shrink_share(element, x, x_stride, s, s_stride, segments, module, np.int64(0), num_rows)
-    else:
-        share = (num_rows + workers - 1) // workers
-        for worker in prange(workers):
-            low = np.int64(worker) * share
-            shrink_share(element, x, x_stride, s, s_stride, segments, module, low, min(num_rows, low + share))
+    run_workers(shrink_share, workers, (element, x, x_stride, s, s_stride, num_rows, segments, module, workers))
 
 
-@parallel_jit
+@jit
 def expand(
-    element: Any,
-    y: int,
-    y_stride: int,
-    s: int,
-    s_stride: int,
-    segments: Any,
-    module: Any,
-    workers: int,
+    element: Any, y: int, y_stride: int, s: int, s_stride: int, segments: Any, module: Any, workers: int
 ) -> None:
-    """y[start_i + t] += scale_i · scaling · s[offset_i + t, :rank] · Bᵀ; the columns of y are split among
-    `workers`."""
-    columns = module[1]
-    if workers == 1:
-        expand_share(element, y, y_stride, s, s_stride, segments, module, np.int64(0), columns)
-    else:
-        share = (columns + workers * TILE - 1) // (workers * TILE) * TILE
-        for worker in prange(workers):
-            low = min(columns, np.int64(worker) * share)
-            expand_share(element, y, y_stride, s, s_stride, segments, module, low, min(columns, low + share))
+    """y[start_i + t] += scale_i · scaling · s[offset_i + t, :rank] · Bᵀ; the columns of y are split among `workers`."""
+    run_workers(expand_share, workers, (element, y, y_stride, s, s_stride, segments, module, workers))
 
 
 @jit

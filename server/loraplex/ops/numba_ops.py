@@ -4,15 +4,13 @@ Kernels exist for float32 and bfloat16; float16 and tensors whose last dimension
 (`store_kv` takes every dtype). q, k, v, x, y, caches and slabs share one dtype. Every kernel is row-invariant: it
 reduces in an order given by the lengths alone, whatever the batch and the number of threads.
 
-Threads: kernels split their work over `torch.get_num_threads()` workers, which numba's threading layer runs (OpenMP
-where libgomp is there, else workqueue). A layer of workqueue must not be entered from two Python threads at once, and
-numba's thread count is a property of the calling thread: call the ops from one thread, and `set_num_threads` there.
-The GIL is free while a kernel runs.
+Threads: kernels split their work over `torch.get_num_threads()` workers on torch's own OpenMP threads
+(`numba_threads`); numba's threading layers and their count play no part, and any thread may call. The GIL is free
+while a kernel runs. When the cores are shared with other busy threads, start the process with OMP_WAIT_POLICY=passive:
+idle OpenMP threads otherwise spin, here as in torch's own products.
 """
 
-import numba
 import torch
-from numba.core import config
 from torch import Tensor
 
 from loraplex.ops import (
@@ -29,14 +27,13 @@ from loraplex.ops.numba_types import BFLOAT16, FLOAT32
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 UNLIMITED = 1 << 62  # the window of a layer without one
 
-# Multiply-adds below which a second thread costs more than it saves (about 10 us of one core).
-SERIAL_WORK = 300_000
+# Multiply-adds (one thread: some 20 us) below which a second thread costs more than it saves.
+SERIAL_WORK = 500_000
 
 
 def set_num_threads(count: int) -> None:
-    """Let torch and the kernels use `count` threads, called in the thread that will call the ops."""
+    """Let torch and the kernels use `count` threads."""
     torch.set_num_threads(count)
-    numba.set_num_threads(min(count, config.NUMBA_NUM_THREADS))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def warm_up(dtype: torch.dtype) -> None:

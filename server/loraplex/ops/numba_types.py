@@ -67,17 +67,9 @@ SOURCES = _digest_of_sources()
 
 
 def jit(function: Callable) -> Callable:
-    """A kernel: compiled with the GIL released, its machine code cached on disk where any place is writable."""
-    return _cached(function, parallel=False)
+    """A kernel: compiled with the GIL released, its machine code cached on disk where any place is writable.
 
-
-def parallel_jit(function: Callable) -> Callable:
-    """A kernel whose `prange` loops are spread over numba's threads."""
-    return _cached(function, parallel=True)
-
-
-def _cached(function: Callable, parallel: bool) -> Callable:
-    """numba takes a cached kernel for fresh when the kernel's own file is unchanged, though it inlines functions of
+    numba takes a cached kernel for fresh when the kernel's own file is unchanged, though it inlines functions of
     other files. It also compares what a function closes over: so each kernel closes over the digest of all sources.
     """
     function = FunctionType(
@@ -87,9 +79,9 @@ def _cached(function: Callable, parallel: bool) -> Callable:
         closure=(CellType(SOURCES),),
     )
     try:
-        return numba.njit(nogil=True, cache=True, parallel=parallel)(function)
+        return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # "cannot cache function: no locator available": read-only everywhere
-        return numba.njit(nogil=True, parallel=parallel)(function)
+        return numba.njit(nogil=True)(function)
 
 
 inline = numba.njit(nogil=True, forceinline=True)
