@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import insert, select, text
 
 from loraplex.errors import AdapterConflict, InvalidName, InvalidRequest, ModelNotFound, StartupError, StorageFull
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.registry import Registry, sqlite_url
-from loraplex.lora.tables import metadata
+from loraplex.lora.tables import adapters, metadata, versions
 from loraplex.lora.version import Version
 
 FACTS = AdapterFacts(8, 16.0, True, 14, ("q_proj", "v_proj"), "BF16", 12345, 678)
@@ -161,14 +161,12 @@ def test_what_cannot_be_opened_is_refused(tmp_path: Path):
             Registry(url)
 
 
-def test_a_database_that_refuses_writes(registry: Registry, path: Path):
+def test_a_database_that_refuses_writes(registry: Registry):
     publish(registry, "sql", A)
-    engine = create_engine(sqlite_url(path))
     with registry._engine.connect() as connection:
         connection.execute(text("PRAGMA query_only=1"))  # this pooled connection is the next one used
     with pytest.raises(StorageFull, match="refuses"):
         publish(registry, "other", B)
-    engine.dispose()
 
 
 def test_threads_publish_one_name(registry: Registry):
@@ -206,18 +204,14 @@ def test_two_registries_on_one_file(registry: Registry, path: Path):
 
 
 def test_reads_are_cheap(registry: Registry):
+    publish(registry, "one", A)
     with registry._writer.begin() as connection:
-        connection.execute(text("PRAGMA synchronous"))
-        rows = [{"name": f"adapter-{number:04}", "digest": f"{number:064x}"} for number in range(2000)]
-        connection.execute(text("INSERT INTO adapters VALUES (:name, 3)"), rows)
+        row = dict(connection.execute(select(versions)).mappings().one())
+        names = [f"adapter-{number:04}" for number in range(2000)]
+        connection.execute(insert(adapters), [{"name": name, "last_version": 3} for name in names])
         for version in (1, 2, 3):
-            connection.execute(
-                text(
-                    "INSERT INTO versions VALUES (:name, :version, 'ready', :digest, 'base', 8, 16, 0, 14, "
-                    "'[]', 'F32', 1, 'upload', '2026-01-01 00:00:00.000000', NULL)"
-                ),
-                [{**row, "version": version} for row in rows],
-            )
+            rows = [row | {"name": n, "version": version, "digest": f"{at:064x}"} for at, n in enumerate(names)]
+            connection.execute(insert(versions), rows)
         plan = " ".join(
             str(row)
             for row in connection.execute(
@@ -231,8 +225,8 @@ def test_reads_are_cheap(registry: Registry):
         assert "SCAN" not in plan
         assert "TEMP B-TREE" not in plan
     started = time.monotonic()
-    assert len(registry.list()) == 2000
-    assert len(registry.live_digests()) == 2000
+    assert len(registry.list()) == 2001
+    assert len(registry.live_digests()) == 2001
     assert time.monotonic() - started < 1.0
     started = time.monotonic()
     for number in range(200):
