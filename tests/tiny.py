@@ -39,7 +39,9 @@ CONFIGS = {
 }
 
 
-def make_model(model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
+def make_model(
+    model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
+) -> PreTrainedModel:
     """A random model whose next-token margins are real: weights are scaled up so that logits spread widely."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from loraplex.engine.build import EngineInfo
 from loraplex.engine.engine import Engine, EngineDied
 from loraplex.engine.messages import (
     Abort,
@@ -47,12 +48,12 @@ class EngineClient(Protocol):
 
 
 class AsyncEngine:
-    """`make_engine(wake)` builds the engine on the engine's own thread (kernels that are bound to one thread compile
-    and run there only); `wake` may be called from any thread to have the inbox looked at."""
+    """`make_engine(wake)` builds the engine and tells about it, on the engine's own thread (kernels that are bound to
+    one thread compile and run there only); `wake` may be called from any thread to have the inbox looked at."""
 
     def __init__(
         self,
-        make_engine: Callable[[Callable[[], None]], Engine],
+        make_engine: Callable[[Callable[[], None]], tuple[Engine, EngineInfo]],
         on_death: Callable[[str], None] = lambda reason: None,
     ):
         self._make_engine = make_engine
@@ -65,16 +66,16 @@ class AsyncEngine:
         self._stopping = threading.Event()
         self._death: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._started: asyncio.Future[None] | None = None
+        self._started: asyncio.Future[EngineInfo] | None = None
 
     # -- life (event loop) ------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
+    async def start(self) -> EngineInfo:
         """Build the engine and wait until it can serve. Raises what building it raised."""
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.create_future()
         self._thread.start()
-        await self._started
+        return await self._started
 
     async def stop(self) -> None:
         """End the thread after the step under way; sequences that still run end with an error."""
@@ -160,11 +161,11 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            engine = self._make_engine(self._wake)
+            engine, info = self._make_engine(self._wake)
         except BaseException as error:  # handed to whoever awaits start()
             self._post(self._set_started, error)
             return
-        self._post(self._set_started, None)
+        self._post(self._set_started, info)
         try:
             self._serve(engine)
         except EngineDied as error:
@@ -215,14 +216,14 @@ class AsyncEngine:
     def _wake(self) -> None:
         self._inbox.put(None)
 
-    def _set_started(self, error: BaseException | None) -> None:
+    def _set_started(self, result: EngineInfo | BaseException) -> None:
         assert self._started is not None
         if self._started.cancelled():
             return
-        if error is None:
-            self._started.set_result(None)
+        if isinstance(result, BaseException):
+            self._started.set_exception(result)
         else:
-            self._started.set_exception(error)
+            self._started.set_result(result)
 
     def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.scheduler import ScheduledBatch, ScheduledSequence
+from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.model.linear import ROW_MULTIPLE
 from loraplex.ops import AttentionMetadata, LoRASegments
 

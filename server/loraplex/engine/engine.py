@@ -12,7 +12,8 @@ from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput, StepOutput
 from loraplex.engine.runner import ModelRunner
-from loraplex.engine.scheduler import ScheduledBatch, Scheduler
+from loraplex.engine.scheduled_batch import ScheduledBatch
+from loraplex.engine.scheduler import Scheduler
 from loraplex.engine.sequence import Sequence
 
 MAX_FAILED_STEPS = 3
@@ -38,6 +39,7 @@ class EngineStats:
     device_digests: tuple[str, ...]
     waiting_digests: tuple[str, ...]
     running_digests: tuple[str, ...]
+    max_distinct_adapters: int  # most adapters that ran in one step so far
 
 
 class EngineDied(Exception):
@@ -60,6 +62,7 @@ class Engine:
         self._num_failed_steps = 0
         self._num_generated = 0
         self._num_loads = 0
+        self._max_distinct = 0
 
     # -- coming and going -------------------------------------------------------------------------------------
 
@@ -96,6 +99,7 @@ class Engine:
         batch = self.scheduler.schedule()
         self._is_stalled = not batch.entries and not outputs
         if batch.entries:
+            self._max_distinct = max(self._max_distinct, len({p for entry in batch.entries for p in entry.places}))
             try:
                 results = self.runner.execute(batch)
                 outputs += self.scheduler.update(batch, results)
@@ -165,6 +169,7 @@ class Engine:
             ram_digests=tuple(self.cache),
             device_digests=tuple(self.places.digests),
             waiting_digests=tuple({d for seq in scheduler.waiting for d in seq.digests}),
+            max_distinct_adapters=self._max_distinct,
             running_digests=tuple({d for seq in scheduler.running for d in seq.digests}),
         )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loraplex.engine.messages import EngineRequest
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.engine.scheduler import ScheduledBatch, ScheduledSequence
+from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence
 from loraplex.errors import UnsupportedModel
 

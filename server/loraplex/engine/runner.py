@@ -10,7 +10,7 @@ from loraplex.engine.batch import BatchBuffers, ForwardBatch, LogitRows
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.messages import Failure, TokenLogprobs
 from loraplex.engine.sampler import Sampler
-from loraplex.engine.scheduler import RowResult, ScheduledBatch, ScheduledSequence
+from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import KVCache, LayerGeometry, PagedStep
 from loraplex.model.loader import BaseModel

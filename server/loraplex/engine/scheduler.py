@@ -12,7 +12,6 @@ adapters ahead of it an adapter that is in RAM waits at most (W // P + 1) turns 
 """
 
 import heapq
-from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,7 +19,8 @@ from loraplex.engine.adapter_cache import AdapterCache
 from loraplex.engine.adapter_places import AdapterPlaces
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.messages import Composition, Failure, FinishReason, SequenceOutput, TokenLogprobs
+from loraplex.engine.messages import Composition, Failure, FinishReason, SequenceOutput
+from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence, SequenceStatus
 from loraplex.engine.waiting_queue import WaitingQueue
 
@@ -31,44 +31,6 @@ if TYPE_CHECKING:
 
 class StartsLoads(Protocol):
     def start(self, digest: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """`num_new_tokens` of `seq` from its `num_computed_tokens` on; `places` of its composition's adapters."""
-
-    seq: Sequence
-    num_new_tokens: int
-    places: tuple[int, ...]
-
-    @property
-    def is_last_chunk(self) -> bool:
-        """Whether the step reaches the end of the sequence, so that a token can be sampled."""
-        return self.seq.num_computed_tokens + self.num_new_tokens == self.seq.num_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledBatch:
-    """One step. Entries are ordered by composition, so one adapter's tokens are neighbours. `adapter_loads`: what must
-    stand in which place before the forward pass."""
-
-    step: int
-    entries: tuple[ScheduledSequence, ...]
-    adapter_loads: tuple[tuple[int, "LoRAWeights"], ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_new_tokens for entry in self.entries)
-
-
-@dataclass(frozen=True, slots=True)
-class RowResult:
-    """What the runner gives back for one entry."""
-
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    failure: Failure | None = None
 
 
 class Blocked(Enum):

@@ -1,0 +1,105 @@
+"""Error class -> status and OpenAI's error object. One table, one function.
+
+Source of the shapes: OpenAI's API reference, "Error codes"; the codes are strings, as its clients match them.
+"""
+
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from loraplex import errors
+
+logger = structlog.get_logger(__name__)
+
+_STATUS: dict[type[errors.LoraplexError], int] = {
+    errors.InvalidRequest: 400,
+    errors.ModelNotFound: 404,
+    errors.AdapterInvalid: 422,
+    errors.PickleRefused: 415,
+    errors.AdapterTooLarge: 413,
+    errors.AdapterConflict: 409,
+    errors.AdapterLoadFailed: 500,
+    errors.AdapterError: 422,
+    errors.StorageFull: 507,
+    errors.Overloaded: 503,
+    errors.NotReady: 503,
+    errors.RequestFailed: 500,
+    errors.LoraplexError: 500,
+}
+_MAX_DETAILS = 10
+_MAX_DETAIL_CHARS = 200
+
+
+def status_of(error: errors.LoraplexError) -> int:
+    return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+
+
+def error_body(status: int, message: str, code: str, param: str | None = None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def body_of(error: errors.LoraplexError) -> dict[str, Any]:
+    return error_body(status_of(error), error.message, error.code, error.param)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    app.add_exception_handler(errors.LoraplexError, _on_loraplex_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_unexpected_error)
+
+
+async def _on_loraplex_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, errors.LoraplexError)
+    status = status_of(error)
+    headers = {}
+    if status == 503:
+        headers["Retry-After"] = str(getattr(error, "retry_after", 1))
+    if isinstance(error, errors.RequestFailed | errors.AdapterLoadFailed):
+        headers["x-should-retry"] = "false"
+    return JSONResponse(body_of(error), status, headers)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    """400 with the first few problems. Nothing of the input is echoed: a body must not be able to make the answer
+    many times its own size."""
+    assert isinstance(error, RequestValidationError)
+    if _is_json_route_without_json(request):
+        message = "Send the request as JSON: add -H 'Content-Type: application/json'."
+        return JSONResponse(error_body(415, message, "unsupported_media_type"), 415)
+    problems = []
+    for problem in error.errors()[:_MAX_DETAILS]:
+        place = ".".join(str(part) for part in problem["loc"][1:4])
+        problems.append(f"{place}: {problem['msg']}"[:_MAX_DETAIL_CHARS])
+    first = error.errors()[0]["loc"]
+    param = str(first[1]) if len(first) > 1 else None
+    return JSONResponse(error_body(400, "; ".join(problems), "invalid_request", param), 400)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 413:
+        message, code = "The request body is larger than this server accepts.", "request_too_large"
+    elif error.status_code == 404:
+        message, code = f"There is nothing at {request.url.path[:200]}.", "not_found"
+    elif error.status_code == 405:
+        message, code = f"{request.method} is not a method of {request.url.path[:200]}.", "method_not_allowed"
+    else:
+        message, code = str(error.detail), "invalid_request"
+    return JSONResponse(error_body(error.status_code, message, code), error.status_code, error.headers)
+
+
+async def _on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("unexpected error", path=request.url.path, exc_info=error)
+    message = f"The server failed unexpectedly ({type(error).__name__}); its log says more."
+    return JSONResponse(error_body(500, message, "internal_error"), 500)
+
+
+def _is_json_route_without_json(request: Request) -> bool:
+    content_type = request.headers.get("content-type", "")
+    return request.method == "POST" and not content_type.startswith(("application/json", "multipart/form-data"))

@@ -1,0 +1,146 @@
+"""/v1/completions, /v1/chat/completions and /v1/models.
+
+Non-streaming folds the stream: there is one way to generate. Shapes: OpenAI's API reference; extras as vLLM has them.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from loraplex.api.auth import tenant_of
+from loraplex.api.errors import body_of
+from loraplex.api.metrics import Metrics
+from loraplex.api.replies import ChatReply, CompletionReply, Reply
+from loraplex.api.schemas import ChatCompletionRequest, CompletionRequest
+from loraplex.api.streaming import DONE, ClientGone, EventStream, event, unless_gone
+from loraplex.errors import LoraplexError
+from loraplex.generation import Generation
+from loraplex.service import Service
+
+router = APIRouter(prefix="/v1")
+
+
+def service_of(request: Request) -> Service:
+    return request.app.state.service
+
+
+def metrics_of(request: Request) -> Metrics:
+    return request.app.state.metrics
+
+
+TheService = Annotated[Service, Depends(service_of)]
+TheMetrics = Annotated[Metrics, Depends(metrics_of)]
+Tenant = Annotated[bytes, Depends(tenant_of)]
+
+
+@router.post("/completions")
+async def completions(
+    body: CompletionRequest, request: Request, service: TheService, metrics: TheMetrics, tenant: Tenant
+) -> Response:
+    generation = await service.generate(body.to_service(tenant))
+    return await _answer(body, request, metrics, generation, CompletionReply(generation, service.tokenizer))
+
+
+@router.post("/chat/completions")
+async def chat_completions(
+    body: ChatCompletionRequest, request: Request, service: TheService, metrics: TheMetrics, tenant: Tenant
+) -> Response:
+    generation = await service.generate(body.to_service(tenant))
+    return await _answer(body, request, metrics, generation, ChatReply(generation))
+
+
+async def _answer(
+    body: CompletionRequest | ChatCompletionRequest,
+    request: Request,
+    metrics: Metrics,
+    generation: Generation,
+    reply: Reply,
+) -> Response:
+    headers = {"x-loraplex-adapter": generation.adapter or generation.model}
+    if body.ignored_params:
+        headers["x-ignored-params"] = ",".join(body.ignored_params)
+    if body.stream:
+        options = body.stream_options
+        usage = bool(options and options.include_usage)
+        continuous = bool(options and options.continuous_usage_stats)
+        return EventStream(_stream(generation, reply, metrics, usage=usage, continuous=continuous), headers)
+    try:
+        whole = await unless_gone(request, _fold(generation, reply, metrics))
+    except ClientGone:
+        return Response(status_code=499)
+    return JSONResponse(whole, headers=headers)
+
+
+async def _fold(generation: Generation, reply: Reply, metrics: Metrics) -> dict[str, Any]:
+    with metrics.watching(generation) as watch:
+        async for delta in generation:
+            watch.see(delta)
+            reply.add(delta)
+    return reply.whole()
+
+
+async def _stream(
+    generation: Generation, reply: Reply, metrics: Metrics, *, usage: bool, continuous: bool
+) -> AsyncIterator[bytes]:
+    try:
+        for chunk in reply.opening():
+            yield event(_with_usage(chunk, reply, usage, continuous))
+        with metrics.watching(generation) as watch:
+            async for delta in generation:
+                watch.see(delta)
+                for chunk in reply.chunks(delta):
+                    yield event(_with_usage(chunk, reply, usage, continuous))
+        if usage:
+            yield event({**reply.frame(), "choices": [], "usage": reply.usage()})
+    except LoraplexError as error:
+        yield event(body_of(error))
+    finally:
+        await generation.close()
+    yield DONE
+
+
+def _with_usage(chunk: dict[str, Any], reply: Reply, usage: bool, continuous: bool) -> dict[str, Any]:
+    if continuous:
+        return {**chunk, "usage": reply.usage()}
+    return {**chunk, "usage": None} if usage else chunk
+
+
+@router.get("/models")
+def models(service: TheService) -> dict[str, Any]:
+    """The base first, then every adapter by name, then nothing else: aliases come with routing."""
+    adapters = [model_card(service, version.name, version) for version in service.catalog.page()]
+    return {"object": "list", "data": [base_card(service), *adapters]}
+
+
+@router.get("/models/{model:path}")
+def model(model: str, service: TheService) -> dict[str, Any]:
+    resolved = service.resolve(model)
+    return base_card(service) if resolved.adapter is None else model_card(service, model, resolved.adapter)
+
+
+def base_card(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.base_name,
+        "object": "model",
+        "created": int(service.started_at),
+        "owned_by": "loraplex",
+        "root": str(service.settings.model),
+        "parent": None,
+        "max_model_len": service.info.config.max_model_len,
+        "permission": [],
+    }
+
+
+def model_card(service: Service, name: str, version) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(version.created_at.timestamp()),
+        "owned_by": "loraplex",
+        "root": version.model_id,
+        "parent": service.base_name,
+        "max_model_len": service.info.config.max_model_len,
+        "permission": [],
+    }

@@ -1,0 +1,228 @@
+"""The requests of OpenAI's dialect, with vLLM's extra fields, and how they become the service's request.
+
+Unknown fields are accepted, because clients send many, and named in the `x-ignored-params` header. Fields we know and
+do not implement are refused when they ask for something.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraplex.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from loraplex.errors import InvalidRequest
+from loraplex.generation import OutputOptions
+from loraplex.service import GenerationRequest
+
+MAX_STOPS = 4
+MAX_STOP_CHARS = 256
+MAX_MESSAGES = 2048
+SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+TOKEN = Annotated[int, Field(ge=0, lt=2**31)]
+IGNORED = {"user", "request_id", "priority", "metadata", "store", "service_tier", "parallel_tool_calls"}
+"""Known, harmless and without meaning here."""
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class _Sampling(BaseModel):
+    """What completions and chat have in common."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Annotated[str, Field(max_length=256)]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: SEED | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: Annotated[list[TOKEN], Field(max_length=64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    user: str | None = None
+
+    @property
+    def ignored_params(self) -> list[str]:
+        """Unknown fields that carry a value, by name, cut to something a header can hold."""
+        extra = self.model_extra or {}
+        names = sorted(name for name, value in extra.items() if value is not None and name not in IGNORED)
+        return [name for name in names if name.isascii() and name.isprintable()][:32]
+
+    def refuse(self, unsupported: dict[str, Any]) -> None:
+        """Raise for a field with a meaning that is not implemented. `unsupported`: name -> values that ask for
+        nothing."""
+        extra = self.model_extra or {}
+        for name, harmless in unsupported.items():
+            value = extra.get(name)
+            if value is not None and value not in harmless:
+                raise InvalidRequest(
+                    f"The parameter {name!r} is not implemented by this server; leave it out.",
+                    param=name,
+                    code="unsupported_parameter",
+                )
+
+    def sampling_params(self, *, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+        given = {
+            name: value
+            for name in (
+                "temperature",
+                "top_p",
+                "min_p",
+                "presence_penalty",
+                "frequency_penalty",
+                "repetition_penalty",
+            )
+            if (value := getattr(self, name)) is not None
+        }
+        return SamplingParams(
+            max_tokens=self.min_tokens or 16,  # the service sets the real one
+            min_tokens=self.min_tokens or 0,
+            top_k=max(0, self.top_k or 0),  # vLLM's -1 means all, too
+            logit_bias=self._logit_bias(),
+            stop_token_ids=frozenset(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            **given,
+        )
+
+    def output_options(self, *, echo: bool = False) -> OutputOptions:
+        return OutputOptions(
+            stop=self._stops(),
+            include_stop=bool(self.include_stop_str_in_output),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            echo=echo,
+            min_tokens=self.min_tokens or 0,
+        )
+
+    def _stops(self) -> tuple[str, ...]:
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        if len(stops) > MAX_STOPS or any(not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise InvalidRequest(
+                f"stop takes at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters.", param="stop"
+            )
+        return tuple(stops)
+
+    def _logit_bias(self) -> tuple[tuple[int, float], ...]:
+        try:
+            return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
+        except ValueError:
+            raise InvalidRequest("The keys of logit_bias are token ids.", param="logit_bias") from None
+
+
+class CompletionRequest(_Sampling):
+    prompt: str | list[TOKEN] | list[str] | list[list[TOKEN]]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    def to_service(self, tenant: bytes) -> GenerationRequest:
+        self.refuse({"suffix": ("",), "best_of": (1, self.n), "prompt_logprobs": (), "response_format": (TEXT,)})
+        self.refuse(dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "structured_outputs"), ()))
+        check_logprobs(self.logprobs, "logprobs")
+        prompts = [self.prompt] if isinstance(self.prompt, str) or not self.prompt else self.prompt
+        if prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        echo = bool(self.echo)
+        return GenerationRequest(
+            model=self.model,
+            prompts=prompts,  # type: ignore[arg-type]
+            add_special_tokens=self.add_special_tokens is not False,
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            n=1 if self.n is None else self.n,
+            seed=self.seed,
+            params=self.sampling_params(logprobs=self.logprobs, prompt_logprobs=self.logprobs if echo else None),
+            options=self.output_options(echo=echo),
+            salt=tenant + (self.cache_salt or "").encode(),
+        )
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: Annotated[str, Field(max_length=64)]
+    content: str | list[TextPart] | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        extra = {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+        return {**extra, "role": self.role, "content": "" if content is None else content}
+
+
+class ChatCompletionRequest(_Sampling):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    def to_service(self, tenant: bytes) -> GenerationRequest:
+        self.refuse({"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none",)})
+        self.refuse({"response_format": (TEXT,), "audio": (), "prediction": (), "web_search_options": ()})
+        self.refuse({"modalities": (["text"],), "chat_template": (), "chat_template_kwargs": ({},), "echo": (False,)})
+        self.refuse(dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "structured_outputs"), ()))
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
+        check_logprobs(self.top_logprobs, "top_logprobs")
+        max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        continue_final = bool(self.continue_final_message)
+        if continue_final and self.add_generation_prompt:
+            raise InvalidRequest(
+                "add_generation_prompt and continue_final_message exclude each other.", param="continue_final_message"
+            )
+        return GenerationRequest(
+            model=self.model,
+            messages=[message.to_template() for message in self.messages],
+            add_generation_prompt=self.add_generation_prompt is not False and not continue_final,
+            continue_final_message=continue_final,
+            max_tokens=max_tokens,
+            n=1 if self.n is None else self.n,
+            seed=self.seed,
+            params=self.sampling_params(logprobs=(self.top_logprobs or 0) if self.logprobs else None),
+            options=self.output_options(),
+            salt=tenant + (self.cache_salt or "").encode(),
+        )
+
+
+TEXT = {"type": "text"}
+
+
+def check_logprobs(count: int | None, param: str) -> None:
+    if count is not None and not 0 <= count <= MAX_LOGPROBS:
+        raise InvalidRequest(f"{param} must lie between 0 and {MAX_LOGPROBS}, not {count}.", param=param)
+
+
+class TokenizeRequest(BaseModel):
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    model: str | None = None
+    tokens: Annotated[list[TOKEN], Field(max_length=1 << 20)]

@@ -1,0 +1,1 @@
+"""In-process benchmarks and load generators (`loraplex bench`)."""

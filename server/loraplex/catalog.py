@@ -1,0 +1,135 @@
+"""AdapterCatalog: the disk tier's two halves as one: blobs by digest and versions by name, for the base that is served.
+
+    staged files ──check──> blob (durable) ──publish──> name@version (durable) = accepted
+
+Synchronous and thread-safe; the service calls it from worker threads.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from loraplex.engine.build import EngineInfo
+from loraplex.errors import AdapterConflict, AdapterTooLarge
+from loraplex.lora.reader import AdapterReader, Checked
+from loraplex.lora.registry import Registry, sqlite_url
+from loraplex.lora.staging import Staging
+from loraplex.lora.store import AdapterStore
+from loraplex.lora.version import Version
+from loraplex.routing.names import validate_name
+
+REGISTRY_FILE = "registry.sqlite"
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogued:
+    """An accepted adapter. `created` False: the name's newest version had these very files already."""
+
+    version: Version
+    created: bool
+
+
+class AdapterCatalog:
+    def __init__(self, store: AdapterStore, data_dir: Path, info: EngineInfo, max_lora_rank: int, base_name: str):
+        self.store = store
+        self.registry = Registry(sqlite_url(data_dir / REGISTRY_FILE))
+        self._info = info
+        self._base_name = base_name
+        self._reader = AdapterReader(store.blobs, info.targets, getattr(torch, info.dtype), max_lora_rank)
+
+    def close(self) -> None:
+        self.registry.close()
+
+    def __enter__(self) -> "AdapterCatalog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- in ---------------------------------------------------------------------------------------------------
+
+    def check_name(self, name: str) -> str:
+        """Raises InvalidName, or AdapterConflict for the base's name."""
+        if validate_name(name) == self._base_name:
+            raise AdapterConflict(f"{name!r} is the name of the base model; choose another one.", param="name")
+        return name
+
+    def accept(self, name: str, staging: Staging, source: str) -> Catalogued:
+        """Check staged files and make them the newest version of `name`, durably. Raises AdapterError and kin; then
+        nothing is kept."""
+        self.check_name(name)
+        checked = self._reader.check(staging.folder)
+        self._check_size(checked)
+        digest = self.store.commit(staging)
+        version, created = self.registry.publish(
+            name,
+            digest,
+            checked.facts,
+            base_fingerprint=self._info.fingerprint,
+            source=source,
+            new_version=True,
+        )
+        return Catalogued(version, created)
+
+    def add_folder(self, name: str, folder: Path) -> Catalogued:
+        """Register an operator's PEFT folder as `name`."""
+        self.check_name(name)
+        with self.store.import_folder(folder) as staging:
+            return self.accept(name, staging, source=f"folder:{folder.name}")
+
+    def _check_size(self, checked: Checked) -> None:
+        budget = self._info.config.adapter_cache_bytes
+        if checked.weights.nbytes > budget:
+            raise AdapterTooLarge(
+                f"The adapter needs {checked.weights.nbytes} bytes in RAM and the whole adapter cache has {budget}; it "
+                f"could never be served. Start the server with --adapter-cache-bytes {checked.weights.nbytes} or more."
+            )
+
+    # -- out --------------------------------------------------------------------------------------------------
+
+    def get(self, name: str, version: int | None = None) -> Version:
+        """Raises ModelNotFound, also for a version that was made for another base."""
+        found = self.registry.get(name, version)
+        if found.base_fingerprint != self._info.fingerprint:
+            raise AdapterConflict(
+                f"{found.model_id!r} was checked on another base model than the one served now, so it is not served. "
+                "Push it again to have it checked on this one.",
+                param="model",
+                code="adapter_incompatible",
+            )
+        return found
+
+    def names(self) -> list[str]:
+        return [version.name for version in self.registry.list()]
+
+    def page(self, offset: int = 0, limit: int | None = None) -> Sequence[Version]:
+        return self.registry.list(offset, limit)
+
+    @contextmanager
+    def hold(self, digest: str) -> Iterator[Path]:
+        with self.store.hold(digest) as path:
+            yield path
+
+    def delete(self, name: str, version: int | None = None) -> Sequence[Version]:
+        return self.registry.delete(name, version)
+
+    def unnamed(self, digests: Iterable[str]) -> list[str]:
+        """Those of `digests` that no ready version names any more."""
+        live = self.registry.live_digests()
+        return [digest for digest in dict.fromkeys(digests) if digest not in live]
+
+    def sweep(self) -> list[str]:
+        """Remove the blobs that nothing names or holds."""
+        return self.store.sweep(self.registry.live_digests)
+
+    def check_integrity(self) -> None:
+        self.store.check_integrity()
+        self.registry.check_integrity()
+        missing = self.registry.live_digests() - self.store.digests()
+        assert not missing, f"versions without files: {sorted(missing)}"

@@ -1,0 +1,26 @@
+"""The command line. The only place that prints. Heavy imports happen inside the commands, after `prepare_process`."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from loraplex.cli import adapters, bench, demo, serve
+from loraplex.errors import LoraplexError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="An inference server for many LoRA adapters.")
+app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
+app.command("push")(adapters.push)
+app.command("ls")(adapters.ls)
+app.command("rm")(adapters.rm)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 well, 1 failed, 2 wrong usage or settings."""
+    try:
+        app()
+    except LoraplexError as error:
+        Console(stderr=True).print(f"[bold red]error[/] {error.message}", highlight=False)
+        sys.exit(2)

@@ -1,0 +1,114 @@
+"""`loraplex push`, `ls`, `rm`: clients of a running server (LORAPLEX_URL, LORAPLEX_API_KEY)."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx2
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from loraplex.config import ClientSettings
+from loraplex.errors import LoraplexError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class ServerRefused(LoraplexError):
+    """The server answered with an error, or there is none."""
+
+    code = "server_refused"
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="A PEFT folder.")],
+    name: Annotated[str | None, typer.Option(help="Name of the adapter. [default: the folder's]")] = None,
+    json_output: Json = False,
+) -> None:
+    """Upload an adapter; it is usable when this returns."""
+    files = [path / "adapter_config.json", path / "adapter_model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise ServerRefused(f"{file} does not exist. Name a folder that PEFT's save_pretrained wrote.")
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"push {path.name}", total=sum(file.stat().st_size for file in files))
+        with open(files[0], "rb") as config, open(files[1], "rb") as weights:
+            parts = {
+                "config": (files[0].name, _Counted(config, progress, task)),
+                "weights": (files[1].name, _Counted(weights, progress, task)),
+            }
+            reply = _request("POST", "/v1/adapters", data={"name": name or path.resolve().name}, files=parts)
+    if json_output:
+        _print_json(reply)
+    else:
+        Console().print(f"{reply['id']}  rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes")
+
+
+def ls(json_output: Json = False) -> None:
+    """List the adapters of the server."""
+    reply = _request("GET", "/v1/adapters")
+    if json_output:
+        _print_json(reply)
+        return
+    table = Table("name", "version", "rank", "modules", "bytes", "tier", "source")
+    for row in reply["data"]:
+        values = (
+            row["name"],
+            row["version"],
+            row["rank"],
+            row["num_modules"],
+            row["bytes"],
+            row["tier"],
+            row["source"],
+        )
+        table.add_row(*map(str, values))
+    Console().print(table)
+
+
+def rm(name: Annotated[str, typer.Argument(help="name or name@version")], json_output: Json = False) -> None:
+    """Delete an adapter or one version of it; running requests finish."""
+    reply = _request("DELETE", f"/v1/adapters/{name}")
+    if json_output:
+        _print_json(reply)
+    else:
+        Console().print(f"deleted {', '.join(reply['deleted'])}")
+
+
+class _Counted:
+    """A file that moves a progress bar as it is read."""
+
+    def __init__(self, file, progress: Progress, task):
+        self._file, self._progress, self._task = file, progress, task
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._progress.advance(self._task, len(data))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _request(method: str, path: str, **kwargs: Any) -> dict[str, Any]:
+    settings = ClientSettings()
+    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    try:
+        reply = httpx2.request(method, settings.url.rstrip("/") + path, headers=headers, timeout=300, **kwargs)
+    except httpx2.TransportError as error:
+        raise ServerRefused(
+            f"No server answers at {settings.url} ({error}). Start one with 'loraplex serve', or set LORAPLEX_URL."
+        ) from error
+    try:
+        body = reply.json()
+    except json.JSONDecodeError as error:
+        raise ServerRefused(f"{settings.url} answered {reply.status_code} and no JSON.") from error
+    if reply.status_code >= 400:
+        raise ServerRefused(body.get("error", {}).get("message", f"status {reply.status_code}"))
+    return body
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))

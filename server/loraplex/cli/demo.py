@@ -1,0 +1,66 @@
+"""`loraplex demo`: all tasks of all adapters mixed in the same batches, and what comes of it."""
+
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from loraplex.cli.serve import configure_logging, with_demo
+from loraplex.config import Settings, prepare_process
+from loraplex.errors import StartupError
+
+
+def demo(
+    prompts: Annotated[int, typer.Option(help="Held-out prompts for each adapter.", min=1, max=1000)] = 64,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Send every task to its adapter and to the base, all in the same batches, and check the answers by program."""
+    prepare_process(Path(tempfile.gettempdir()) / "loraplex")
+    configure_logging("warning", as_json=False)
+    with tempfile.TemporaryDirectory(prefix="loraplex-demo-") as data_dir:
+        settings = Settings.load(with_demo({"data_dir": Path(data_dir), "max_num_seqs": 32}))
+        if settings.adapters is None:
+            raise StartupError("The demo's adapters are not here. Run it in a checkout of the project.")
+        result = asyncio.run(_run(settings, prompts))
+    if json_output:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        _print(result)
+
+
+async def _run(settings: Settings, num_prompts: int) -> dict:
+    from loraplex.demo.exam import Exam
+    from loraplex.service import Service
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    async with Service.running(settings) as service:
+        exam = Exam(service, num_prompts)
+        with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
+            bar = progress.add_task("answers", total=exam.num_questions)
+            return await exam.take(lambda: progress.advance(bar))
+
+
+def _print(result: dict) -> None:
+    table = Table("adapter", "task", "exact match", "base alone", "an answer")
+    for row in result["adapters"]:
+        table.add_row(
+            row["name"],
+            row["summary"],
+            f"{row['exact_match']:.1%}",
+            f"{row['base_exact_match']:.1%}",
+            f"{row['example']['prompt']}\n→ {row['example']['answer']}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{result['num_requests']} requests in {result['seconds']:.1f} s; up to {result['max_distinct']} different "
+        f"adapters and the base answered in one batch; {result['generated_tokens']} tokens."
+    )

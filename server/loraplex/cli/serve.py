@@ -1,0 +1,218 @@
+"""`loraplex serve MODEL`: start the server and show what it serves."""
+
+import asyncio
+import json
+import logging
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import structlog
+import typer
+import uvicorn
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from loraplex import __version__
+from loraplex.config import Settings, prepare_process
+from loraplex.errors import StartupError
+
+if TYPE_CHECKING:
+    from loraplex.service import Service
+
+
+def serve(
+    model: Annotated[Path | None, typer.Argument(help="Folder of the base model; without it, the demo.")] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Folder of PEFT adapter folders to serve by name.")] = None,
+    lora_modules: Annotated[list[str] | None, typer.Option(help="name=path of a PEFT folder; repeatable.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Uploads and the registry.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
+    max_loras: Annotated[int | None, typer.Option(help="Adapters in one batch. [default: 8]")] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="[default: 64]")] = None,
+    adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
+    kv_cache_bytes: Annotated[str | None, typer.Option(help="KV cache. [default: by free memory]")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 32]")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step. [default: 512]")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Prompt and output of one request.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: all cores]")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name of the base in requests.")] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="Jinja file used instead of the model's.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Key that every request must bring.")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow other machines without a key.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Start information and log as JSON.")] = False,
+) -> None:
+    """Serve a base model and its LoRA adapters over HTTP. Every flag is also LORAPLEX_NAME in the environment."""
+    flags = {
+        name: value
+        for name, value in locals().items()
+        if name not in ("config", "json_output") and value not in (None, [])
+    }
+    started = time.perf_counter()
+    settings = Settings.load(flags if model or config else with_demo(flags), config)
+    prepare_process(settings.resolved_data_dir)
+    configure_logging(settings.log_level, as_json=json_output or not sys.stderr.isatty())
+    exit_code = asyncio.run(_serve(settings, started, as_json=json_output))
+    raise typer.Exit(exit_code)
+
+
+def with_demo(flags: dict) -> dict:
+    """The settings of the demo: its base and, in a checkout, its adapters."""
+    from loraplex.demo import paths
+
+    chosen = {"model": paths.BASE_FOLDER, "served_model_name": paths.BASE_NAME, **flags}
+    if paths.adapters_folder() is not None:
+        chosen.setdefault("adapters", paths.adapters_folder())
+    return chosen
+
+
+async def _serve(settings: Settings, started: float, *, as_json: bool) -> int:
+    from loraplex.api.app import create_app
+    from loraplex.service import Service
+
+    listener = _bind(settings)
+    exit_code = 0
+    server: _Server | None = None
+
+    def on_death(reason: str) -> None:
+        nonlocal exit_code
+        exit_code = 1
+        if server is not None:
+            server.should_exit = True
+
+    async with Service.running(settings, on_death) as service:
+        config = uvicorn.Config(
+            create_app(service),
+            http="h11",  # caps the size of headers
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+            server_header=False,
+            lifespan="off",
+        )
+        server = _Server(config, service)
+        _show(service, listener.getsockname()[1], time.perf_counter() - started, as_json=as_json)
+        await server.serve(sockets=[listener])
+    return exit_code
+
+
+class _Server(uvicorn.Server):
+    """Says 503 on /health from the moment a signal arrives, so that no new traffic is sent."""
+
+    def __init__(self, config: uvicorn.Config, service: "Service"):
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig, frame) -> None:
+        self._service.is_draining = True
+        super().handle_exit(sig, frame)
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """Take the port before the model is loaded: a taken one is known at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"{settings.host}:{settings.port} cannot be listened on ({error.strerror}). Choose another --port, or stop "
+            "what uses it."
+        ) from error
+    return listener
+
+
+def _show(service: "Service", port: int, seconds: float, *, as_json: bool) -> None:
+    facts = start_facts(service, port, seconds)
+    if as_json:
+        sys.stdout.write(json.dumps({"event": "ready", **facts}) + "\n")
+        sys.stdout.flush()
+        return
+    console = Console()
+    if not console.is_terminal:
+        for name, value in facts.items():
+            console.print(f"{name}={value}", highlight=False, markup=False, soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in facts.items():
+        if name not in ("try", "push"):
+            table.add_row(f"[bold]{name}[/]", str(value))
+    console.print(Panel(table, title=f"loraplex {__version__}", title_align="left", expand=False))
+    console.print(f"[bold]try[/]   {facts['try']}\n[bold]push[/]  {facts['push']}", highlight=False, soft_wrap=True)
+
+
+def start_facts(service: "Service", port: int, seconds: float) -> dict[str, str]:
+    """What a person wants to know when the server is up, in the order of the panel."""
+    settings, info = service.settings, service.info
+    memory, config = info.memory, info.config
+    names = service.catalog.names()
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    auth = "" if settings.api_key is None else " -H 'Authorization: Bearer '$LORAPLEX_API_KEY"
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    example = service.tokenizer.has_chat_template
+    body = {"model": names[0] if names else service.base_name, "max_tokens": 48, "temperature": 0}
+    body |= (
+        {"messages": [{"role": "user", "content": "a pilot sees the queen under the market"}]}
+        if example
+        else {"prompt": "Once upon a time"}
+    )
+    path = "/v1/chat/completions" if example else "/v1/completions"
+    return {
+        "ready": f"in {seconds:.1f} s",
+        "model": f"{service.base_name} ({info.model_type}, {info.num_parameters / 1e6:.1f} M parameters, {info.dtype}, "
+        f"{info.device}, {info.threads} threads, context {config.max_model_len})",
+        "proof": f"paged path equals the model's own to {info.proof_error:.1g} of its range; "
+        f"batch invariant: {'yes' if info.is_batch_invariant else 'no'}",
+        "adapters": f"{len(names)} ({shown or 'none yet'}); {config.max_loras} in one batch",
+        "memory": f"weights {_size(memory.weights_bytes)}, KV {_size(memory.kv_bytes)} = {memory.kv_tokens} tokens = "
+        f"{memory.kv_tokens // config.max_model_len} full requests, adapters in RAM up to {_size(memory.ram_bytes)}"
+        + (f", device pool {_size(memory.pool_bytes)}" if memory.pool_bytes else ""),
+        "data": str(settings.resolved_data_dir),
+        "API": f"{url}/v1",
+        "metrics": f"{url}/metrics",
+        "auth": "API key" if settings.api_key else "off (loopback only)" if not settings.insecure else "OFF",
+        "try": f"curl {url}{path} -H 'Content-Type: application/json'{auth} -d '{json.dumps(body)}'",
+        "push": "loraplex push ./my-adapter --name my-adapter",
+    }
+
+
+def _size(nbytes: int) -> str:
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def configure_logging(level: str, *, as_json: bool) -> None:
+    """structlog for everything, the standard library's loggers included; to stderr."""
+    shared = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
+    renderer = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[*shared, structlog.processors.dict_tracebacks if as_json else _keep, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared)  # type: ignore[arg-type]
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(logging.WARNING, getattr(logging, level.upper())))
+
+
+def _keep(logger, method, event):
+    return event

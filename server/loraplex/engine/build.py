@@ -1,0 +1,220 @@
+"""build_engine: from a model folder and a few sizes to an engine that has proven itself.
+
+Everything here runs on the engine's own thread: kernels are compiled and bound there.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraplex.engine.adapter_loads import ReadAdapter
+from loraplex.engine.config import EngineConfig
+from loraplex.engine.engine import Engine
+from loraplex.engine.load_proof import make_reference, prove
+from loraplex.engine.runner import ModelRunner
+from loraplex.errors import StartupError
+from loraplex.lora.weights import ModuleShape
+from loraplex.model.attention import LayerGeometry
+from loraplex.model.devices import choose_device, choose_dtype, set_threads
+from loraplex.model.loader import BaseModel, load_base, measure_geometry
+
+DEFAULT_MAX_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What the operator asked for. None and "auto" are decided at load.
+
+    `kv_cache_bytes` None: a fifth of the memory that is free after the weights, at most 2 GiB (or what
+    max_num_seqs full sequences need, if that is less).
+    """
+
+    model: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    max_loras: int = 8
+    max_lora_rank: int = 64
+    adapter_cache_bytes: int = 2 << 30
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    max_waiting: int = 1024
+    block_size: int = 16
+    extra_eos_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes. `pool_bytes`: 0 where places share the RAM tier's memory (CPU)."""
+
+    weights_bytes: int
+    kv_bytes: int
+    kv_tokens: int
+    pool_bytes: int
+    ram_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the rest of the server must know of a built engine: picklable."""
+
+    config: EngineConfig
+    targets: Mapping[str, ModuleShape]
+    fingerprint: str
+    model_type: str
+    num_parameters: int
+    vocab_size: int
+    dtype: str
+    device: str
+    threads: int
+    is_batch_invariant: bool
+    proof_error: float
+    memory: MemoryPlan
+
+    @property
+    def bytes_per_value(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+
+MakeReader = Callable[[Mapping[str, ModuleShape], torch.dtype], ReadAdapter]
+"""(targets, compute dtype) -> the function that reads an adapter by digest."""
+
+
+def build_engine(
+    spec: EngineSpec, make_reader: MakeReader, wake: Callable[[], None] = lambda: None
+) -> tuple[Engine, EngineInfo]:
+    """Load, prove and warm up. Raises StartupError naming what does not fit and the flag that changes it."""
+    device = choose_device(spec.device)
+    dtype = choose_dtype(spec.dtype, device)
+    threads = set_threads(spec.threads, device)
+    base = load_base(spec.model, dtype, device)
+    return assemble_engine(base, spec, make_reader, wake, threads=threads)
+
+
+def assemble_engine(
+    base: BaseModel,
+    spec: EngineSpec,
+    make_reader: MakeReader,
+    wake: Callable[[], None] = lambda: None,
+    *,
+    threads: int = 1,
+) -> tuple[Engine, EngineInfo]:
+    """An engine around a base that is in memory already."""
+    max_model_len = _max_model_len(spec, base)
+    # The proof's two sequences must fit the cache side by side; the smallest cache holds one full sequence.
+    reference = make_reference(base.model, base.vocab_size, min(61, max_model_len // 2 - spec.block_size))
+    geometry = measure_geometry(base.model)
+    memory = plan_memory(spec, base, geometry, max_model_len)
+    config = EngineConfig(
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=max(spec.max_num_batched_tokens, spec.max_num_seqs),
+        max_model_len=max_model_len,
+        max_waiting=spec.max_waiting,
+        block_size=spec.block_size,
+        num_blocks=memory.kv_tokens // spec.block_size,
+        max_loras=spec.max_loras,
+        adapter_cache_bytes=spec.adapter_cache_bytes,
+        eos_token_ids=base.eos_token_ids | spec.extra_eos_token_ids,
+    )
+    runner = ModelRunner(base, geometry, config)
+    warm_up = getattr(runner.ops, "warm_up", None)
+    if warm_up is not None:
+        warm_up(base.dtype)
+    proof = prove(runner, reference)
+    engine = Engine(runner, make_reader(base.targets, base.dtype), wake)
+    info = EngineInfo(
+        config=config,
+        targets=base.targets,
+        fingerprint=base.fingerprint,
+        model_type=base.config.model_type,
+        num_parameters=base.num_parameters,
+        vocab_size=base.vocab_size,
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        threads=threads,
+        is_batch_invariant=proof.is_batch_invariant,
+        proof_error=proof.error,
+        memory=memory,
+    )
+    return engine, info
+
+
+def plan_memory(
+    spec: EngineSpec, base: BaseModel, geometry: Mapping[int, LayerGeometry], max_model_len: int
+) -> MemoryPlan:
+    """How the memory is divided; raises StartupError when it does not fit."""
+    value = base.dtype.itemsize
+    token_bytes = sum(layer.num_values for layer in geometry.values()) * value
+    block_bytes = token_bytes * spec.block_size
+    available = available_memory(base.device)
+    full_load = -(-max_model_len // spec.block_size) * spec.max_num_seqs * block_bytes
+    one_sequence = -(-max_model_len // spec.block_size) * block_bytes
+    kv_bytes = spec.kv_cache_bytes
+    if kv_bytes is None:
+        kv_bytes = min(full_load, max(one_sequence, min(available // 5, 2 << 30)))
+    num_blocks = kv_bytes // block_bytes
+    if num_blocks * block_bytes < one_sequence:
+        raise StartupError(
+            f"--kv-cache-bytes {kv_bytes} holds {num_blocks * spec.block_size} tokens, but one sequence may have "
+            f"{max_model_len} and needs {one_sequence} bytes. Give more, or set a smaller --max-model-len."
+        )
+    on_cpu = base.device.type == "cpu"
+    per_value = sum(shape.in_features + shape.out_features for shape in base.targets.values()) * value
+    pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.max_loras
+    needed = num_blocks * block_bytes + (spec.adapter_cache_bytes if on_cpu else pool_bytes)
+    if needed > available:
+        raise StartupError(
+            f"The KV cache ({num_blocks * block_bytes} bytes) and the adapters "
+            f"({needed - num_blocks * block_bytes} bytes) need {needed} bytes, and {available} are available on "
+            f"{base.device}. Lower --kv-cache-bytes or --adapter-cache-bytes."
+        )
+    return MemoryPlan(
+        weights_bytes=base.nbytes,
+        kv_bytes=num_blocks * block_bytes,
+        kv_tokens=num_blocks * spec.block_size,
+        pool_bytes=pool_bytes,
+        ram_bytes=spec.adapter_cache_bytes,
+        available_bytes=available,
+    )
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now, with the limit of a Linux control group respected."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
+        fields = dict(line.split(":", 1) for line in meminfo.splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        available = max(available, pages)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        if limit != "max":
+            available = min(available, int(limit) - used)
+    except (OSError, ValueError):
+        pass
+    return max(0, available)
+
+
+def _max_model_len(spec: EngineSpec, base: BaseModel) -> int:
+    limit = base.max_position
+    wanted = spec.max_model_len
+    if wanted is None:
+        return min(limit or DEFAULT_MAX_MODEL_LEN, DEFAULT_MAX_MODEL_LEN)
+    if limit is not None and wanted > limit:
+        raise StartupError(f"--max-model-len {wanted} is beyond what the model was made for ({limit} tokens).")
+    if wanted < 4 * spec.block_size:
+        raise StartupError(f"--max-model-len must be at least {4 * spec.block_size}.")
+    return wanted

@@ -1,0 +1,38 @@
+"""Where and in what numbers the base runs, and on how many threads."""
+
+import torch
+
+from loraplex.errors import StartupError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:N". Raises StartupError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise StartupError("--device cuda was asked for, but torch sees no CUDA device. Use --device cpu.")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it natively (CUDA; a CPU with AVX512-BF16 or AMX), else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    is_native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def set_threads(threads: int | None, device: torch.device) -> int:
+    """Compute threads of the calling thread and its kernels; None: torch's own choice. Returns the number."""
+    count = threads if threads is not None else torch.get_num_threads()
+    torch.set_num_threads(count)
+    if device.type == "cpu":
+        from loraplex.ops import numba_ops
+
+        numba_ops.set_num_threads(count)
+    return count

@@ -1,0 +1,307 @@
+"""Service: the composition root and the verbs. The one place where names become versions and text becomes token ids."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from loraplex.catalog import AdapterCatalog, Catalogued
+from loraplex.config import Settings
+from loraplex.engine.async_engine import AsyncEngine
+from loraplex.engine.build import EngineInfo, EngineSpec, build_engine
+from loraplex.engine.engine import EngineStats
+from loraplex.engine.messages import AdapterUse, Composition, EngineRequest
+from loraplex.engine.sampling_params import SamplingParams
+from loraplex.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotReady, Overloaded
+from loraplex.generation import Generation, OutputOptions
+from loraplex.lora.reader import AdapterReader
+from loraplex.lora.store import AdapterStore
+from loraplex.lora.version import Version
+from loraplex.model.tokenizer import Tokenizer
+from loraplex.routing.names import nearest_names, parse_model
+
+logger = structlog.get_logger(__name__)
+
+MAX_CHOICES = 16
+MAX_PROMPTS = 256
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a `model` field means now. `adapter` None: the base."""
+
+    model: str  # the concrete name: "sql@3", or the base's
+    adapter: Version | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One request as the service understands it. `max_tokens` None: as many as fit."""
+
+    model: str
+    prompts: Sequence[Prompt] | None = None
+    messages: Sequence[dict] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    template_kwargs: dict | None = None
+    add_special_tokens: bool = True
+    max_tokens: int | None = None
+    n: int = 1
+    params: SamplingParams = SamplingParams()
+    seed: int | None = None
+    options: OutputOptions = OutputOptions()
+    salt: bytes = b""
+
+
+class Service:
+    """Built by `Service.running(settings)`, which opens everything and closes it again."""
+
+    def __init__(self, settings: Settings, tokenizer: Tokenizer, engine: AsyncEngine, info: EngineInfo, catalog):
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.info = info
+        self.catalog: AdapterCatalog = catalog
+        self.base_name = settings.base_name
+        self.started_at = time.time()
+        self.is_draining = False
+        self.num_running = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def running(
+        cls, settings: Settings, on_death: Callable[[str], None] = lambda reason: None
+    ) -> AsyncIterator["Service"]:
+        """Load the base, open the store, register the operator's adapters. Raises StartupError."""
+        tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model, settings.chat_template)
+        async with AsyncExitStack() as stack:
+            data_dir = settings.resolved_data_dir
+            store = stack.enter_context(
+                await asyncio.to_thread(AdapterStore, data_dir, max_weights_bytes=int(settings.max_upload_bytes))
+            )
+            spec = engine_spec(settings, tokenizer)
+
+            def make_engine(wake: Callable[[], None]):
+                return build_engine(
+                    spec,
+                    lambda targets, dtype: AdapterReader(store.blobs, targets, dtype, spec.max_lora_rank).read,
+                    wake,
+                )
+
+            engine = AsyncEngine(make_engine, on_death)
+            info = await engine.start()
+            stack.push_async_callback(engine.stop)
+            catalog = stack.enter_context(
+                await asyncio.to_thread(AdapterCatalog, store, data_dir, info, spec.max_lora_rank, settings.base_name)
+            )
+            service = cls(settings, tokenizer, engine, info, catalog)
+            await service._register_folders()
+            yield service
+
+    async def _register_folders(self) -> None:
+        for name, folder in adapter_folders(self.settings):
+            added = await asyncio.to_thread(self.catalog.add_folder, name, folder)
+            if added.created:
+                logger.info("adapter registered", adapter=added.version.model_id, folder=str(folder))
+        await asyncio.to_thread(self.catalog.sweep)
+
+    # -- names ------------------------------------------------------------------------------------------------
+
+    def resolve(self, model: str) -> Resolved:
+        """Raises ModelNotFound with the nearest names, InvalidName for what is no name."""
+        ref = parse_model(model)
+        if ref.name == self.base_name:
+            if ref.version is not None:
+                raise ModelNotFound(f"The base model {self.base_name!r} has no versions.", param="model")
+            return Resolved(self.base_name, None)
+        try:
+            version = self.catalog.get(ref.name, ref.version)
+        except ModelNotFound as error:
+            near = nearest_names(ref.name, [self.base_name, *self.catalog.names()])
+            hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+            raise ModelNotFound(f"The model {model!r} does not exist: {error.message}{hint}", param="model") from error
+        return Resolved(version.model_id, version)
+
+    # -- generation -------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Resolve, encode, queue. Everything that can be refused is refused here, before the first byte."""
+        self._check_open()
+        if not 1 <= request.n <= MAX_CHOICES:
+            raise InvalidRequest(f"n must lie between 1 and {MAX_CHOICES}, not {request.n}.", param="n")
+        lifetime = AsyncExitStack()
+        try:
+            resolved, composition = await asyncio.to_thread(self._hold, request.model, lifetime)
+            prompts = await asyncio.to_thread(self._encode, request)
+            request_id = secrets.token_hex(12)
+            requests = tuple(
+                self._engine_request(request, composition, token_ids, f"{request_id}-{p}-{j}", p, j)
+                for p, token_ids in enumerate(prompts)
+                for j in range(request.n)
+            )
+            self._reserve(len(requests), lifetime)
+        except BaseException:
+            await lifetime.aclose()
+            raise
+        return Generation(
+            request_id=request_id,
+            model=resolved.model,
+            adapter=resolved.adapter.model_id if resolved.adapter else "",
+            requests=requests,
+            options=request.options,
+            num_choices=request.n,
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            lifetime=lifetime,
+        )
+
+    def _check_open(self) -> None:
+        if self.is_draining:
+            raise NotReady("The server is shutting down and takes no new requests.", code="draining")
+        if not self.engine.is_alive:
+            raise NotReady(f"The engine is not running: {self.engine.death or 'it was stopped'}.")
+
+    def _reserve(self, num_sequences: int, lifetime: AsyncExitStack) -> None:
+        """Count the request's sequences as long as it lives; refuse it when the queue would overflow."""
+        limit = self.settings.max_waiting + self.settings.max_num_seqs
+        if self.num_running + num_sequences > limit:
+            raise Overloaded(
+                f"The server has {self.num_running} sequences running or waiting and takes at most {limit}. Try again "
+                "in a moment.",
+                retry_after=2,
+            )
+        self.num_running += num_sequences
+        lifetime.callback(self._release, num_sequences)
+
+    def _release(self, num_sequences: int) -> None:
+        self.num_running -= num_sequences
+
+    def _hold(self, model: str, lifetime: AsyncExitStack) -> tuple[Resolved, Composition]:
+        """Resolve and keep the adapter's files on disk for the life of the request."""
+        resolved = self.resolve(model)
+        if resolved.adapter is None:
+            return resolved, ()
+        lifetime.enter_context(self.catalog.hold(resolved.adapter.digest))
+        nbytes = resolved.adapter.facts.num_values * self.info.bytes_per_value
+        return resolved, (AdapterUse(resolved.adapter.digest, nbytes),)
+
+    def _encode(self, request: GenerationRequest) -> list[tuple[int, ...]]:
+        if request.messages is not None:
+            ids = self.tokenizer.encode_chat(
+                request.messages,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                template_kwargs=request.template_kwargs,
+            )
+            return [self._checked(ids, request, "messages")]
+        prompts = request.prompts or ()
+        if not 1 <= len(prompts) <= MAX_PROMPTS:
+            raise InvalidRequest(f"Send between 1 and {MAX_PROMPTS} prompts in a request.", param="prompt")
+        encoded = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                prompt = self.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+            encoded.append(self._checked(prompt, request, "prompt"))
+        return encoded
+
+    def _checked(self, token_ids: Sequence[int], request: GenerationRequest, param: str) -> tuple[int, ...]:
+        if not token_ids:
+            raise InvalidRequest("The prompt is empty: it has no tokens.", param=param)
+        vocab_size = self.info.vocab_size
+        for token in token_ids:
+            if not 0 <= token < vocab_size:
+                raise InvalidRequest(
+                    f"The token id {token} is outside the vocabulary (0 to {vocab_size - 1}).", param=param
+                )
+        limit = self.info.config.max_model_len
+        wanted = request.max_tokens if request.max_tokens is not None else 1
+        if len(token_ids) + wanted > limit:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {limit} tokens. However, the prompt has {len(token_ids)} "
+                f"tokens and {wanted} were asked for. Shorten the prompt or lower max_tokens.",
+                param=param,
+            )
+        return tuple(token_ids)
+
+    def _engine_request(
+        self,
+        request: GenerationRequest,
+        composition: Composition,
+        token_ids: tuple[int, ...],
+        seq_id: str,
+        prompt_index: int,
+        choice: int,
+    ) -> EngineRequest:
+        max_tokens = request.max_tokens
+        if max_tokens is None:
+            max_tokens = self.info.config.max_model_len - len(token_ids)
+        seed = request.seed if request.seed is not None else secrets.randbits(63)
+        for token, _ in request.params.logit_bias:
+            if not 0 <= token < self.info.vocab_size:
+                raise InvalidRequest(f"logit_bias names token {token}, outside the vocabulary.", param="logit_bias")
+        params = replace(request.params, max_tokens=max_tokens, seed=seed)
+        return EngineRequest(
+            seq_id=seq_id,
+            token_ids=token_ids,
+            params=params,
+            composition=composition,
+            salt=request.salt,
+            choice=choice,
+        )
+
+    # -- adapters ---------------------------------------------------------------------------------------------
+
+    async def delete_adapter(self, name: str, version: int | None = None) -> Sequence[Version]:
+        """Forget a name or one version; running requests keep theirs. Raises ModelNotFound."""
+        if name == self.base_name:
+            raise InvalidRequest("The base model cannot be deleted.", param="name")
+        deleted = await asyncio.to_thread(self.catalog.delete, name, version)
+        await self.engine.command("evict", digests=self.catalog.unnamed(v.digest for v in deleted))
+        await asyncio.to_thread(self.catalog.sweep)
+        return deleted
+
+    async def stats(self) -> EngineStats:
+        return await self.engine.command("stats")
+
+
+def engine_spec(settings: Settings, tokenizer: Tokenizer) -> EngineSpec:
+    eos = frozenset() if tokenizer.eos_token_id is None else frozenset({tokenizer.eos_token_id})
+    return EngineSpec(
+        model=settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        max_loras=settings.max_loras,
+        max_lora_rank=settings.max_lora_rank,
+        adapter_cache_bytes=int(settings.adapter_cache_bytes),
+        kv_cache_bytes=None if settings.kv_cache_bytes is None else int(settings.kv_cache_bytes),
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_model_len=settings.max_model_len,
+        max_waiting=settings.max_waiting + settings.max_num_seqs,
+        extra_eos_token_ids=eos,
+    )
+
+
+def adapter_folders(settings: Settings) -> list[tuple[str, Path]]:
+    """The operator's adapters: every PEFT folder below --adapters by its name, and --lora-modules."""
+    folders = []
+    if settings.adapters is not None:
+        if not settings.adapters.is_dir():
+            raise NotADirectoryError(f"--adapters {settings.adapters} is not a folder")
+        folders += [
+            (path.name, path)
+            for path in sorted(settings.adapters.iterdir())
+            if (path / "adapter_config.json").is_file()
+        ]
+    return folders + list(settings.lora_modules.items())
+
+
+__all__ = ["Catalogued", "GenerationRequest", "Resolved", "Service", "adapter_folders", "engine_spec"]
