@@ -160,6 +160,19 @@ def test_a_nan_key_is_seen(dtype: torch.dtype) -> None:
     assert out[:, 3:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_before_the_window_may_be_gone(dtype: torch.dtype) -> None:
+    """What no new token sees is not read: the block's id may be anything, its memory another's."""
+    case = make_paged([(150, 10)], HEADS["gqa"], dtype)
+    layer = LayerAttention(0.2, window=40)  # the first new token sees 111..150: block 6 (96..111) is the first in use
+    wanted = numba_ops.paged_attention(*case.arguments, layer)
+    tables = case.attn.block_tables
+    case.k_cache[tables[0, 6].long(), :15] = float("nan")
+    case.v_cache[tables[0, 6].long(), :15] = float("nan")
+    tables[0, :6] = 2**30
+    assert torch.equal(numba_ops.paged_attention(*case.arguments, layer), wanted)
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Paged, LayerAttention]:
     kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 9))
