@@ -98,6 +98,7 @@ class Tokenizer:
             )
         except (TemplateError, ValueError, TypeError, KeyError) as error:
             raise InvalidRequest(f"The chat template refused the messages: {error}", param="messages") from error
+        assert isinstance(text, str), "tokenize=False renders text"
         if len(text) > MAX_RENDERED_CHARS:
             raise InvalidRequest("The rendered chat is too long.", param="messages")
         return self.encode(text, add_special_tokens=False)
