@@ -8,7 +8,7 @@ import torch
 from ops_cases import DTYPES, Heads, Paged, make_paged, make_pool, make_segments, normal
 from torch import Tensor
 
-from loraplex.ops import LayerAttention, ModulePool, numba_attention, numba_ops, numba_threads
+from loraplex.ops import LayerAttention, ModulePool, numba_ops, numba_threads
 
 LENGTHS = range(1, 258)
 PARTS = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -148,7 +148,7 @@ def test_attention_whatever_the_neighbours_and_blocks(dtype: torch.dtype, layer:
 def test_attention_on_any_number_of_threads(dtype: torch.dtype, threads: int) -> None:
     """Large and often enough that workers surely run at the same time."""
     case = make_paged([(0, 33), (300, 1), (3, 400)], HEADS, dtype)
-    assert 2 * numba_attention.SERIAL_WORK < 400 * 400 * 6 * (64 + 48)
+    assert 2 * numba_threads.SERIAL_WORK < 400 * 400 * 6 * (64 + 48)
     serial = attend(case, "plain")
     numba_ops.set_num_threads(threads)
     for _ in range(8):

@@ -30,7 +30,7 @@ from loraplex.ops.numba_lanes import (
     sum_lanes,
     tanh,
 )
-from loraplex.ops.numba_threads import run_workers
+from loraplex.ops.numba_threads import SERIAL_WORK, run_workers
 from loraplex.ops.numba_types import (
     FLOAT32,
     LANES,
@@ -48,9 +48,6 @@ from loraplex.ops.numba_types import (
 )
 
 ROWS = 16  # query rows of one task, unless a single token already has more
-
-# Multiply-adds (one thread: some 20 us) below which a second thread costs more than it saves.
-SERIAL_WORK = 500_000
 
 ONE = np.float32(1)
 NOTHING = np.float32(-np.inf)

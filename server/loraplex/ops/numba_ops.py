@@ -1,7 +1,8 @@
 """The operations on a CPU: thin wrappers that hand data pointers to the numba kernels.
 
 Kernels exist for float32 and bfloat16; float16 and tensors whose last dimension is not contiguous take `torch_ops`
-(`store_kv` takes every dtype). q, k, v, x, y, caches and slabs share one dtype. Every kernel is row-invariant: it
+(`store_kv` takes every dtype). x, y and the slabs share one dtype, k, v and the caches too; tensors of metadata must
+have the dtypes their docstrings state, for the kernels see addresses only. Every kernel is row-invariant: it
 reduces in an order given by the lengths alone, whatever the batch and the number of threads.
 
 Threads: kernels split their work over `torch.get_num_threads()` workers on torch's own OpenMP threads
@@ -22,13 +23,11 @@ from loraplex.ops import (
     numba_lora,
     torch_ops,
 )
+from loraplex.ops.numba_threads import SERIAL_WORK
 from loraplex.ops.numba_types import BFLOAT16, FLOAT32
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 UNLIMITED = 1 << 62  # the window of a layer without one
-
-# Multiply-adds (one thread: some 20 us) below which a second thread costs more than it saves.
-SERIAL_WORK = 500_000
 
 
 def set_num_threads(count: int) -> None:
@@ -58,6 +57,8 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
     k [T, Hkv, D], v [T, Hkv, Dv]; caches [num_blocks, block_size, Hkv, D or Dv]; slot_mapping int64 [T].
     """
+    if k.stride(2) != 1 or v.stride(2) != 1:
+        return torch_ops.store_kv(k, v, k_cache, v_cache, slot_mapping)
     size = k.element_size()
     tokens, heads, k_size = k.shape
     numba_attention.store_kv(
@@ -86,7 +87,7 @@ def paged_attention(
     See `Ops.paged_attention`; decode and prefill chunks in one call.
     """
     element = ELEMENTS.get(q.dtype)
-    if element is None or q.stride(2) != 1:
+    if element is None or k_cache.dtype != q.dtype or q.stride(2) != 1:
         return torch_ops.paged_attention(q, k_cache, v_cache, attn, layer)
     size = q.element_size()
     tokens, query_heads, k_size = q.shape

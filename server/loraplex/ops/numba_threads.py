@@ -18,6 +18,9 @@ from numba.core import cgutils, types
 
 from loraplex.ops.numba_types import intrinsic
 
+# Multiply-adds (one thread: some 20 us) below which a second thread costs more than it saves. No result depends on it.
+SERIAL_WORK = 500_000
+
 _I32, _I64, _POINTER = ir.IntType(32), ir.IntType(64), ir.IntType(8).as_pointer()
 
 
