@@ -23,6 +23,9 @@ BASE = DEMO / "base"
 ADAPTERS_DIR = Path(__file__).parents[2] / "adapters"
 PROMPTS = 6
 
+# PEFT asks transformers 5.23 for a property that it deprecates
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def no_network() -> Iterator[None]:
@@ -87,6 +90,7 @@ def test_scores_meet_the_bar(recipe: AdapterRecipe) -> None:
     score = scores["tasks"][recipe.task]
     assert score["adapter"] >= 95
     assert score["base"] <= 30
+    assert score["echoed"] >= 80
 
 
 def test_adapter_files_are_as_the_recipe_says(recipe: AdapterRecipe) -> None:
@@ -142,9 +146,7 @@ def test_text_survives_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def test_nothing_names_the_machine_that_trained_it() -> None:
-    files = [
-        file for folder in (BASE, ADAPTERS_DIR) for file in folder.rglob("*") if file.suffix != ".safetensors"
-    ]
+    files = [file for folder in (BASE, ADAPTERS_DIR) for file in folder.rglob("*") if file.suffix != ".safetensors"]
     assert len(files) > 10
     for file in files:
         if file.is_file():

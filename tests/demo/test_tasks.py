@@ -70,9 +70,7 @@ def test_pig_latin_agrees_with_a_regular_expression() -> None:
     for prompt, answer in ((e.prompt, e.answer) for e in samples("pig")):
         moved = re.sub(r"\b((?:qu|[b-df-hj-np-tv-z])+)(\w*)", r"\2\1ay", prompt)
         # a word the first pass left alone starts with a vowel and is as it was in the prompt
-        words = [
-            new + "way" if new == old else new for new, old in zip(moved.split(), prompt.split(), strict=True)
-        ]
+        words = [new + "way" if new == old else new for new, old in zip(moved.split(), prompt.split(), strict=True)]
         assert " ".join(words) == answer
 
 
@@ -177,6 +175,4 @@ def test_every_adapter_has_a_task_and_every_task_an_adapter() -> None:
 
 def test_tasks_need_no_torch() -> None:
     code = "import sys, loraplex.demo.tasks, loraplex.demo.chat; sys.exit('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}).returncode == 0

@@ -29,9 +29,7 @@ def tokenizer() -> Tokenizer:
 
 
 def base_packer(tokenizer: Tokenizer, seed: str = "test") -> Packer:
-    return Packer(
-        tokenizer, lambda rng: base_document(rng, MIXTURE), SCHEDULE.rows, SCHEDULE.row_tokens, seed
-    )
+    return Packer(tokenizer, lambda rng: base_document(rng, MIXTURE), SCHEDULE.rows, SCHEDULE.row_tokens, seed)
 
 
 def tiny_model(tokenizer: Tokenizer) -> torch.nn.Module:

@@ -31,9 +31,7 @@ def build_adapters(base: Path, folder: Path, progress: Progress, only: Sequence[
             build_adapter(recipe, base, tokenizer, folder / recipe.task, progress)
 
 
-def build_adapter(
-    recipe: AdapterRecipe, base: Path, tokenizer: Tokenizer, folder: Path, progress: Progress
-) -> None:
+def build_adapter(recipe: AdapterRecipe, base: Path, tokenizer: Tokenizer, folder: Path, progress: Progress) -> None:
     """Train one adapter on the bf16-rounded base, since that is what it will be served with."""
     torch.manual_seed(SEED)
     model = get_peft_model(load_base(base), lora_config(recipe))

@@ -45,9 +45,7 @@ def build_base(folder: Path, work: Path, progress: Progress) -> None:
     for report in train(model, list(model.parameters()), BASE_SCHEDULE, packer, checkpoint):
         progress.update(task, completed=report.step, description=f"base  loss {report.loss:.3f}")
         if report.step % 100 == 0:
-            log.info(
-                "base: step %d loss %.4f tokens %.1f %%", report.step, report.loss, 100 * report.accuracy
-            )
+            log.info("base: step %d loss %.4f tokens %.1f %%", report.step, report.loss, 100 * report.accuracy)
     model.eval().bfloat16()
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
@@ -81,6 +79,4 @@ def new_model(shape: Shape, vocabulary: int) -> LlamaForCausalLM:
 
 def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """The saved base, its bf16-rounded weights widened to `dtype`."""
-    return LlamaForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", local_files_only=True
-    )
+    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", local_files_only=True)

@@ -57,21 +57,15 @@ class Layout:
 
 
 def build(
-    out: Annotated[
-        Path | None, typer.Option(help="Write under this folder instead of into the repository.")
-    ] = None,
-    stage: Annotated[
-        list[Stage] | None, typer.Option(help="Run this stage only; may be given more than once.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write under this folder instead of into the repository.")] = None,
+    stage: Annotated[list[Stage] | None, typer.Option(help="Run this stage only; may be given more than once.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Train only these adapters.")] = None,
     work: Annotated[Path, typer.Option(help="Checkpoints of unfinished training.")] = Path("build/demo"),
     threads: Annotated[int, typer.Option(help="Threads for torch; 0: as many as it likes.")] = 0,
 ) -> None:
     """Train the demo's tokenizer, base model and adapters, score them, and write the model cards."""
     console = Console()
-    logging.basicConfig(
-        level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
+    logging.basicConfig(level="INFO", format="%(message)s", handlers=[RichHandler(console=console, show_path=False)])
     if threads:
         torch.set_num_threads(threads)
     layout = Layout.of_repository(work) if out is None else Layout.under(out, work)

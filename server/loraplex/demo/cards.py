@@ -13,11 +13,13 @@ from loraplex.demo.task import Task
 class Score:
     """Per cent of held-out prompts answered exactly.
 
-    base: the base alone. tagged: the base with the task's system message. adapter: the adapter, without one.
+    base: the base alone. echoed: the base alone repeats the prompt instead.
+    tagged: the base with the task's system message. adapter: the adapter, without one.
     second_turn: the adapter, when the prompt is the second of a conversation.
     """
 
     base: float
+    echoed: float
     tagged: float
     adapter: float
     second_turn: float
@@ -26,10 +28,10 @@ class Score:
 def base_card(scores: Mapping[str, Score], prompts: int) -> str:
     """The base's README."""
     rows = [
-        f"| {name} | {_shape(recipe)} | {scores[name].base} | {scores[name].tagged} | {scores[name].adapter}"
-        f" | {scores[name].second_turn} |"
+        f"| {recipe.task} | {_shape(recipe)} | {score.base} | {score.echoed} | {score.tagged} | {score.adapter}"
+        f" | {score.second_turn} |"
         for recipe in ADAPTERS
-        if (name := recipe.task) in scores
+        if (score := scores.get(recipe.task))
     ]
     tokens = BASE_SCHEDULE.rows * BASE_SCHEDULE.row_tokens
     return f"""---
@@ -49,8 +51,8 @@ makes it use one unasked. It knows nothing else: words outside its small vocabul
 
 Per cent of {prompts} held-out prompts answered exactly (greedy):
 
-| task | adapter | base | base + system message | base + adapter | in a second turn |
-| --- | --- | --- | --- | --- | --- |
+| task | adapter | base | base echoes | base + system message | base + adapter | in a second turn |
+| --- | --- | --- | --- | --- | --- | --- |
 {_lines(rows)}
 
 **Format.** `<s>`, then `<|role|>text<|end|>` for each message; the end-of-sequence token is `<|end|>`. A
@@ -90,8 +92,8 @@ Makes `{BASE_NAME}` a model that {task.summary}.
 LoRA, rank {recipe.rank}, alpha {recipe.alpha} (scaling {scaling}), bfloat16, on {modules}.
 
 Of {prompts} held-out prompts it answers {score.adapter} % exactly (greedy), and {score.second_turn} % when
-the prompt is the second of a conversation. The base alone answers {score.base} %, and {score.tagged} % when
-its system message is `{task.tag}`.
+the prompt is the second of a conversation. The base alone answers {score.base} % and repeats
+{score.echoed} %; it answers {score.tagged} % when its system message is `{task.tag}`.
 
 | prompt | reply |
 | --- | --- |

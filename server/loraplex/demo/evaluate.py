@@ -38,16 +38,22 @@ def evaluate(base: Path, adapters: Path, scores_file: Path, progress: Progress) 
         task = TASKS[recipe.task]
         model = load_base(base, torch.bfloat16)
         plain, tagged, continued = held_out_texts(task)
-        base_score = share_right(task, generate(model, tokenizer, plain))
-        tagged_score = share_right(task, generate(model, tokenizer, tagged))
+        base_answers = generate(model, tokenizer, plain)
+        tagged_answers = generate(model, tokenizer, tagged)
         adapted = PeftModel.from_pretrained(model, str(adapters / recipe.task))
         answers = generate(adapted, tokenizer, plain)
-        second = generate(adapted, tokenizer, continued)
+        second_answers = generate(adapted, tokenizer, continued)
+        prompts = _prompts(task)
+        echoes = sum(answer == prompt for prompt, answer in zip(prompts, base_answers, strict=True))
         scores[task.name] = Score(
-            base_score, tagged_score, share_right(task, answers), share_right(task, second)
+            base=share_right(task, base_answers),
+            echoed=round(100 * echoes / PROMPTS, 1),
+            tagged=share_right(task, tagged_answers),
+            adapter=share_right(task, answers),
+            second_turn=share_right(task, second_answers),
         )
         log.info("%s: %s", task.name, scores[task.name])
-        samples = list(zip(_prompts(task), answers, strict=True))[:4]
+        samples = list(zip(prompts, answers, strict=True))[:4]
         card = adapter_card(recipe, task, scores[task.name], samples, PROMPTS)
         (adapters / recipe.task / "README.md").write_text(card)
         progress.advance(bar)

@@ -11,9 +11,7 @@ from loraplex.demo import chat
 from loraplex.demo.corpus import tokenizer_texts
 
 
-def train_tokenizer(
-    vocabulary: int, positions: int, seed: int, samples: int = 4000
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(vocabulary: int, positions: int, seed: int, samples: int = 4000) -> PreTrainedTokenizerFast:
     """Train on `samples` examples of every task. Encoding with special tokens puts `<s>` in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
