@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
-from loraplex.lora.weights import LoRAWeights, ModuleShape
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from loraplex.lora.weights import LoRAWeights, ModuleShape
 
 
 class Oracle:

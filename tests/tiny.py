@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
 
 VOCAB = 128
 
