@@ -79,6 +79,8 @@ def build(
         if Stage.ADAPTERS in stages:
             build_adapters(layout.base, layout.adapters, progress, only)
         if Stage.EVALUATE in stages:
+            # generation of so small a model gains nothing from a second thread, and loses much on busy cores
+            torch.set_num_threads(1)
             evaluate(layout.base, layout.adapters, layout.scores, progress)
 
 
