@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 
 from loraplex.engine.build import EngineInfo
-from loraplex.errors import AdapterConflict, AdapterTooLarge
+from loraplex.errors import AdapterConflict, AdapterTooLarge, ModelNotFound
 from loraplex.lora.reader import AdapterReader, Checked
 from loraplex.lora.registry import Registry, sqlite_url
 from loraplex.lora.staging import Staging
@@ -81,6 +81,10 @@ class AdapterCatalog:
         """Register an operator's PEFT folder as `name`."""
         self.check_name(name)
         with self.store.import_folder(folder) as staging:
+            for version in self.registry.versions(name):
+                # A restart must not put the folder's files back above a version that was uploaded since.
+                if (version.digest, version.base_fingerprint) == (staging.digest, self._info.fingerprint):
+                    return Catalogued(version, False)
             return self.accept(name, staging, source=f"folder:{folder.name}")
 
     def _check_size(self, checked: Checked) -> None:
@@ -97,7 +101,7 @@ class AdapterCatalog:
         """Raises ModelNotFound, also for a version that was made for another base."""
         found = self.registry.get(name, version)
         if found.base_fingerprint != self._info.fingerprint:
-            raise AdapterConflict(
+            raise ModelNotFound(
                 f"{found.model_id!r} was checked on another base model than the one served now, so it is not served. "
                 "Push it again to have it checked on this one.",
                 param="model",
@@ -106,7 +110,14 @@ class AdapterCatalog:
         return found
 
     def names(self) -> list[str]:
-        return [version.name for version in self.registry.list()]
+        return [version.name for version in self.served()]
+
+    def served(self) -> list[Version]:
+        """The newest version of every name, without those that were made for another base."""
+        return [version for version in self.page() if self.is_served(version)]
+
+    def is_served(self, version: Version) -> bool:
+        return version.base_fingerprint == self._info.fingerprint
 
     def page(self, offset: int = 0, limit: int | None = None) -> Sequence[Version]:
         return self.registry.list(offset, limit)

@@ -4,6 +4,7 @@ The only reader of argv and environment. Imports no torch, so that what must be 
 """
 
 import os
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -97,6 +98,8 @@ class Settings(BaseSettings):
         chosen = _with_file(cls, config_file)
         try:
             settings = chosen(**given)
+        except tomllib.TOMLDecodeError as error:
+            raise StartupError(f"The configuration file {config_file} is not valid TOML: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             name = "--" + str(first["loc"][0] if first["loc"] else "model").replace("_", "-")
@@ -159,5 +162,6 @@ def prepare_process(cache_dir: Path | None = None) -> None:
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers obeys it too, when it loads weights
     if cache_dir is not None and not os.access(Path(__file__).parent, os.W_OK):
         os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir / "numba"))

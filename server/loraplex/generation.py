@@ -4,8 +4,8 @@ It detokenizes, finds stop strings, trims, collects logprobs and usage, and abor
 has P prompts and n choices for each; choice index = prompt index * n + j. The non-streaming answer folds the stream.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
 from loraplex.engine.async_engine import EngineClient
@@ -19,6 +19,7 @@ from loraplex.errors import (
     Overloaded,
     RequestFailed,
 )
+from loraplex.model.detokenizer import Detokenizer
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.stopping import StopMatcher
 
@@ -65,7 +66,7 @@ class Usage:
 class _Choice:
     index: int
     request: EngineRequest
-    detokenizer: object
+    detokenizer: Detokenizer
     matcher: StopMatcher
     num_tokens: int = 0
     is_done: bool = False
@@ -74,7 +75,7 @@ class _Choice:
 
 @dataclass(slots=True)
 class Generation:
-    """A running request. `async for delta in generation`; raises RequestFailed and kin when a choice fails.
+    """A running request. `deltas` starts it; whoever made it must `close` it, started or not.
 
     model, adapter  the concrete name that answers, and the version that was resolved ("" for the base)
     lifetime        holds of the adapter's files, closed with the generation
@@ -103,29 +104,31 @@ class Generation:
                 self.usage.prompt_tokens += len(request.token_ids)
 
     async def close(self) -> None:
+        """Let go of the adapter's files and of the place in the queue. May be called more than once."""
         await self.lifetime.aclose()
 
-    async def __aiter__(self) -> AsyncIterator[ChoiceDelta]:
-        outputs = self.engine.submit(tuple(self.requests))
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta]:
+        """Run, once. Raises RequestFailed and kin when a choice fails. Closing the iterator early aborts what still
+        runs; use `aclosing`, so that it does not wait for the garbage collector."""
         num_open = len(self._choices)
         try:
-            async for output in outputs:
-                choice = self._choices[output.seq_id]
-                if choice.is_done:
-                    continue
-                if output.failure is not None:
-                    raise as_error(output.failure)
-                delta = self._take(choice, output)
-                if delta.finish_reason is not None:
-                    choice.is_done = True
-                    num_open -= 1
-                    if output.finish_reason is None:
-                        self.engine.abort((output.seq_id,))
-                yield delta
-                if not num_open:
-                    break
+            async with aclosing(self.engine.submit(tuple(self.requests))) as outputs:
+                async for output in outputs:
+                    choice = self._choices[output.seq_id]
+                    if choice.is_done:
+                        continue
+                    if output.failure is not None:
+                        raise as_error(output.failure)
+                    delta = self._take(choice, output)
+                    if delta.finish_reason is not None:
+                        choice.is_done = True
+                        num_open -= 1
+                        if output.finish_reason is None:
+                            self.engine.abort((output.seq_id,))
+                    yield delta
+                    if not num_open:
+                        break
         finally:
-            await outputs.aclose()  # type: ignore[attr-defined]
             await self.close()
 
     def _take(self, choice: _Choice, output: SequenceOutput) -> ChoiceDelta:
@@ -149,7 +152,7 @@ class Generation:
             if output.logprobs is not None:
                 tokens.append(self._info(output.logprobs))
             if reason is not FinishReason.STOP:  # the token that ends the text is not part of it
-                piece = choice.detokenizer.push(output.token_id)  # type: ignore[attr-defined]
+                piece = choice.detokenizer.push(output.token_id)
                 text += choice.matcher.push(piece, is_armed=choice.num_tokens > self.options.min_tokens)
             if choice.matcher.matched is not None:
                 return ChoiceDelta(choice.index, text, tuple(tokens), FinishReason.STOP, choice.matcher.matched)

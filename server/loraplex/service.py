@@ -17,9 +17,19 @@ from loraplex.engine.build import EngineInfo, EngineSpec, build_engine
 from loraplex.engine.engine import EngineStats
 from loraplex.engine.messages import AdapterUse, Composition, EngineRequest
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NotReady, Overloaded
+from loraplex.errors import (
+    AdapterLoadFailed,
+    ContextLengthExceeded,
+    InvalidRequest,
+    LoraplexError,
+    ModelNotFound,
+    NotReady,
+    Overloaded,
+    StartupError,
+)
 from loraplex.generation import Generation, OutputOptions
 from loraplex.lora.reader import AdapterReader
+from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
 from loraplex.model.tokenizer import Tokenizer
@@ -73,6 +83,8 @@ class Service:
         self.started_at = time.time()
         self.is_draining = False
         self.num_running = 0
+        # The default executor has a handful of threads, and requests need them: uploads may not take them all.
+        self._accepting = asyncio.Semaphore(2)
 
     @classmethod
     @asynccontextmanager
@@ -107,7 +119,10 @@ class Service:
 
     async def _register_folders(self) -> None:
         for name, folder in adapter_folders(self.settings):
-            added = await asyncio.to_thread(self.catalog.add_folder, name, folder)
+            try:
+                added = await asyncio.to_thread(self.catalog.add_folder, name, folder)
+            except LoraplexError as error:
+                raise StartupError(f"The adapter {name!r} in {folder} cannot be served: {error.message}") from error
             if added.created:
                 logger.info("adapter registered", adapter=added.version.model_id, folder=str(folder))
         await asyncio.to_thread(self.catalog.sweep)
@@ -138,8 +153,7 @@ class Service:
             raise InvalidRequest(f"n must lie between 1 and {MAX_CHOICES}, not {request.n}.", param="n")
         lifetime = AsyncExitStack()
         try:
-            resolved, composition = await asyncio.to_thread(self._hold, request.model, lifetime)
-            prompts = await asyncio.to_thread(self._encode, request)
+            resolved, composition, prompts = await asyncio.to_thread(self._prepare, request, lifetime)
             request_id = secrets.token_hex(12)
             requests = tuple(
                 self._engine_request(request, composition, token_ids, f"{request_id}-{p}-{j}", p, j)
@@ -171,6 +185,12 @@ class Service:
     def _reserve(self, num_sequences: int, lifetime: AsyncExitStack) -> None:
         """Count the request's sequences as long as it lives; refuse it when the queue would overflow."""
         limit = self.settings.max_waiting + self.settings.max_num_seqs
+        if num_sequences > limit:
+            raise InvalidRequest(
+                f"The request asks for {num_sequences} sequences (prompts times n), and this server takes at most "
+                f"{limit} at once. Split it.",
+                param="n",
+            )
         if self.num_running + num_sequences > limit:
             raise Overloaded(
                 f"The server has {self.num_running} sequences running or waiting and takes at most {limit}. Try again "
@@ -183,12 +203,23 @@ class Service:
     def _release(self, num_sequences: int) -> None:
         self.num_running -= num_sequences
 
+    def _prepare(
+        self, request: GenerationRequest, lifetime: AsyncExitStack
+    ) -> tuple[Resolved, Composition, list[tuple[int, ...]]]:
+        """The blocking part of a request: names to a version whose files stay for its life, text to token ids."""
+        resolved, composition = self._hold(request.model, lifetime)
+        return resolved, composition, self._encode(request)
+
     def _hold(self, model: str, lifetime: AsyncExitStack) -> tuple[Resolved, Composition]:
-        """Resolve and keep the adapter's files on disk for the life of the request."""
         resolved = self.resolve(model)
         if resolved.adapter is None:
             return resolved, ()
-        lifetime.enter_context(self.catalog.hold(resolved.adapter.digest))
+        try:
+            lifetime.enter_context(self.catalog.hold(resolved.adapter.digest))
+        except AdapterLoadFailed:
+            if self.resolve(model) == resolved:  # else it was deleted or replaced between the two lines above
+                raise
+            return self._hold(model, lifetime)
         nbytes = resolved.adapter.facts.num_values * self.info.bytes_per_value
         return resolved, (AdapterUse(resolved.adapter.digest, nbytes),)
 
@@ -243,9 +274,14 @@ class Service:
         if max_tokens is None:
             max_tokens = self.info.config.max_model_len - len(token_ids)
         seed = request.seed if request.seed is not None else secrets.randbits(63)
-        for token, _ in request.params.logit_bias:
+        named = [("logit_bias", token) for token, _ in request.params.logit_bias]
+        named += [("stop_token_ids", token) for token in request.params.stop_token_ids]
+        for param, token in named:
             if not 0 <= token < self.info.vocab_size:
-                raise InvalidRequest(f"logit_bias names token {token}, outside the vocabulary.", param="logit_bias")
+                raise InvalidRequest(
+                    f"{param} names the token {token}, outside the vocabulary (0 to {self.info.vocab_size - 1}).",
+                    param=param,
+                )
         params = replace(request.params, max_tokens=max_tokens, seed=seed)
         return EngineRequest(
             seq_id=seq_id,
@@ -258,12 +294,19 @@ class Service:
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
+    async def accept_upload(self, name: str, staging: Staging) -> Catalogued:
+        """Make staged files the newest version of `name`; it is durable and can be used when this returns."""
+        async with self._accepting:
+            return await asyncio.to_thread(self.catalog.accept, name, staging, "upload")
+
     async def delete_adapter(self, name: str, version: int | None = None) -> Sequence[Version]:
         """Forget a name or one version; running requests keep theirs. Raises ModelNotFound."""
         if name == self.base_name:
             raise InvalidRequest("The base model cannot be deleted.", param="name")
         deleted = await asyncio.to_thread(self.catalog.delete, name, version)
-        await self.engine.command("evict", digests=self.catalog.unnamed(v.digest for v in deleted))
+        if self.engine.is_alive:
+            unnamed = await asyncio.to_thread(self.catalog.unnamed, [version.digest for version in deleted])
+            await self.engine.command("evict", digests=unnamed)
         await asyncio.to_thread(self.catalog.sweep)
         return deleted
 
@@ -295,7 +338,7 @@ def adapter_folders(settings: Settings) -> list[tuple[str, Path]]:
     folders = []
     if settings.adapters is not None:
         if not settings.adapters.is_dir():
-            raise NotADirectoryError(f"--adapters {settings.adapters} is not a folder")
+            raise StartupError(f"--adapters {settings.adapters} is not a folder.")
         folders += [
             (path.name, path)
             for path in sorted(settings.adapters.iterdir())

@@ -21,10 +21,12 @@ class StopMatcher:
         self._held = ""
         if not is_armed or not self._stops:
             return text
-        hits = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        # The first to be complete wins, and of those that end together the longest: so it makes no difference in which
+        # pieces the text came.
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
-            at, self.matched = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
-            return text[: at + len(self.matched)] if self._include_stop else text[:at]
+            end, at, self.matched = min(hits)
+            return text[: end if self._include_stop else at]
         keep = max(_overlap(text, stop) for stop in self._stops)
         if keep:
             self._held = text[-keep:]

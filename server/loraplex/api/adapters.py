@@ -3,7 +3,8 @@
 import asyncio
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
 from loraplex.api.multipart import AdapterUpload, boundary_of
@@ -18,24 +19,26 @@ _BATCH_BYTES = 1 << 20
 
 
 @router.post("", status_code=201)
-async def upload(request: Request, response: Response, service: TheService, metrics: TheMetrics) -> dict[str, Any]:
+async def upload(request: Request, service: TheService, metrics: TheMetrics) -> Response:
     """Two files and a name; 201 when the adapter is durable and can be used, 200 when it was here already."""
     boundary = boundary_of(request)
     try:
         with service.catalog.store.stage() as staging:
-            body = AdapterUpload(staging, boundary)
+            body = AdapterUpload(staging, boundary, service.catalog.check_name)
             try:
                 await _receive(request, body)
                 name = body.finish()
             finally:
                 body.close()
-            accepted = await asyncio.to_thread(service.catalog.accept, name, staging, "upload")
-    except (LoraplexError, ClientDisconnect) as error:
-        metrics.uploads.labels("refused" if isinstance(error, LoraplexError) else "broken_off").inc()
+            accepted = await service.accept_upload(name, staging)
+    except ClientDisconnect:
+        metrics.uploads.labels("broken_off").inc()
+        return Response(status_code=499)  # nobody reads it
+    except (LoraplexError, HTTPException):
+        metrics.uploads.labels("refused").inc()
         raise
     metrics.uploads.labels("created" if accepted.created else "unchanged").inc()
-    response.status_code = 201 if accepted.created else 200
-    return describe(accepted.version)
+    return JSONResponse(describe(accepted.version), 201 if accepted.created else 200)
 
 
 async def _receive(request: Request, body: AdapterUpload) -> None:
@@ -60,7 +63,14 @@ async def list_adapters(
 ) -> dict[str, Any]:
     versions = await asyncio.to_thread(service.catalog.page, offset, limit)
     stats = await service.stats()
-    data = [{**describe(v), **_tier(v, stats.ram_digests, stats.device_digests)} for v in versions]
+    data = [
+        {
+            **describe(version),
+            **_tier(version, stats.ram_digests, stats.device_digests),
+            "state": version.state if service.catalog.is_served(version) else "other_base",
+        }
+        for version in versions
+    ]
     total = await asyncio.to_thread(service.catalog.registry.count)
     return {"object": "list", "data": data, "offset": offset, "total": total}
 

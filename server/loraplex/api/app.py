@@ -1,58 +1,60 @@
 """create_app: the FastAPI application around a running service."""
 
-import re
-import secrets
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import MutableHeaders
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from loraplex import __version__
 from loraplex.api import adapters, openai, tokens
-from loraplex.api.auth import ApiKeyMiddleware
+from loraplex.api.auth import ApiKeyMiddleware, LoopbackGuard
+from loraplex.api.edge import EdgeMiddleware
 from loraplex.api.errors import install_error_handlers
 from loraplex.api.metrics import Metrics
 from loraplex.config import LOOPBACK_HOSTS
 from loraplex.service import Service
 
 MAX_BODY_BYTES = 8 << 20
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+class _App(FastAPI):
+    """FastAPI with the edge outside of everything, its own error pages and body limit included."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return EdgeMiddleware(super().build_middleware_stack())
 
 
 def create_app(service: Service) -> FastAPI:
     settings = service.settings
-    app = FastAPI(
+    # Two files and what multipart puts around them; the staging enforces the exact limit.
+    upload_bytes = int(settings.max_upload_bytes) + (2 << 20)
+    app = _App(
         title="loraplex",
         version=__version__,
         summary="Many LoRA adapters on one base model",
-        max_body_size=MAX_BODY_BYTES,
+        max_body_size=max(upload_bytes, MAX_BODY_BYTES),
         docs_url=None,
         redoc_url=None,
     )
     app.state.service = service
     app.state.metrics = Metrics(service)
     install_error_handlers(app)
-    app.include_router(openai.router)
-    # Two files and what multipart puts around them; the staging enforces the exact limit.
-    app.include_router(adapters.router, max_body_size=int(settings.max_upload_bytes) + (2 << 20))
-    app.include_router(tokens.router)
+    app.include_router(openai.router, max_body_size=MAX_BODY_BYTES)
+    app.include_router(adapters.router, max_body_size=upload_bytes)
+    app.include_router(tokens.router, max_body_size=MAX_BODY_BYTES)
     _add_probes(app, service)
     if settings.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key)
     elif settings.host in LOOPBACK_HOSTS:
-        # A web page that rebinds its name to 127.0.0.1 must not reach a server without a key.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
-    app.add_middleware(RequestIdMiddleware)
+        app.add_middleware(LoopbackGuard)
     return app
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
-    def health() -> Response:
+    async def health() -> Response:
         """200 while the process can serve; 503 when its engine died or it is stopping."""
         if not service.engine.is_alive:
             return JSONResponse({"status": "dead", "reason": service.engine.death}, 503)
@@ -61,11 +63,11 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
-    def ready() -> Response:
-        return health()
+    async def ready() -> Response:
+        return await health()
 
     @app.get("/version")
-    def version() -> dict[str, Any]:
+    async def version() -> dict[str, Any]:
         info = service.info
         return {
             "version": __version__,
@@ -82,24 +84,3 @@ def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
         return Response(await request.app.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
-
-
-class RequestIdMiddleware:
-    """Every reply carries `x-request-id`: the client's own if it sent a sane one."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = Request(scope).headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).append("x-request-id", request_id)
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)

@@ -15,7 +15,17 @@ from loraplex import errors
 
 logger = structlog.get_logger(__name__)
 
+TOO_LARGE = "The request body is larger than this server accepts."
+
+
+class UnsupportedMediaType(errors.InvalidRequest):
+    """The body is not of the type that the route reads."""
+
+    code = "unsupported_media_type"
+
+
 _STATUS: dict[type[errors.LoraplexError], int] = {
+    UnsupportedMediaType: 415,
     errors.InvalidRequest: 400,
     errors.ModelNotFound: 404,
     errors.AdapterInvalid: 422,
@@ -69,22 +79,26 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     """400 with the first few problems. Nothing of the input is echoed: a body must not be able to make the answer
     many times its own size."""
     assert isinstance(error, RequestValidationError)
-    if _is_json_route_without_json(request):
+    found = error.errors()
+    kind, *place = found[0]["loc"]
+    if kind == "body" and not _is_json(request.headers.get("content-type", "")):
         message = "Send the request as JSON: add -H 'Content-Type: application/json'."
         return JSONResponse(error_body(415, message, "unsupported_media_type"), 415)
+    if found[0]["type"] == "json_invalid":
+        message = f"The body is not valid JSON: {found[0].get('ctx', {}).get('error', '')} at character {place[0]}."
+        return JSONResponse(error_body(400, message, "invalid_json"), 400)
     problems = []
-    for problem in error.errors()[:_MAX_DETAILS]:
-        place = ".".join(str(part) for part in problem["loc"][1:4])
-        problems.append(f"{place}: {problem['msg']}"[:_MAX_DETAIL_CHARS])
-    first = error.errors()[0]["loc"]
-    param = str(first[1]) if len(first) > 1 else None
+    for problem in found[:_MAX_DETAILS]:
+        where = ".".join(str(part)[:64] for part in problem["loc"][1:4])
+        problems.append(f"{where}: {problem['msg']}"[:_MAX_DETAIL_CHARS])
+    param = str(place[0])[:64] if place else None
     return JSONResponse(error_body(400, "; ".join(problems), "invalid_request", param), 400)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     if error.status_code == 413:
-        message, code = "The request body is larger than this server accepts.", "request_too_large"
+        message, code = TOO_LARGE, "request_too_large"
     elif error.status_code == 404:
         message, code = f"There is nothing at {request.url.path[:200]}.", "not_found"
     elif error.status_code == 405:
@@ -100,6 +114,6 @@ async def _on_unexpected_error(request: Request, error: Exception) -> JSONRespon
     return JSONResponse(error_body(500, message, "internal_error"), 500)
 
 
-def _is_json_route_without_json(request: Request) -> bool:
-    content_type = request.headers.get("content-type", "")
-    return request.method == "POST" and not content_type.startswith(("application/json", "multipart/form-data"))
+def _is_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))

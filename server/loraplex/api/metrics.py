@@ -4,6 +4,7 @@ Gauges and counters of the engine come from one snapshot a scrape. `vllm:lora_re
 `running_lora_adapters` are the adapters resident on the device, as the Kubernetes model-server protocol says.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from loraplex import __version__
 from loraplex.engine.engine import EngineStats
 from loraplex.engine.messages import FinishReason
+from loraplex.errors import NotReady
 from loraplex.generation import ChoiceDelta, Generation
 from loraplex.service import Service
 
@@ -75,8 +77,12 @@ class Metrics:
             self.e2e.labels(self.model).observe(watch.seconds)
 
     async def render(self) -> bytes:
-        self._snapshot = await self._service.stats() if self._service.engine.is_alive else None
-        return generate_latest(self._registry)
+        """The exposition. Without the engine's part when it is dead: that is when somebody looks."""
+        try:
+            self._snapshot = await self._service.stats()
+        except NotReady:
+            self._snapshot = None
+        return await asyncio.to_thread(generate_latest, self._registry)
 
     def collect(self) -> Iterable[Metric]:
         """The snapshot as metric families (prometheus-client's collector protocol)."""
@@ -122,10 +128,14 @@ class Metrics:
             "Adapters resident on the device and adapters waited for; the value is a timestamp",
             labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
-        resident = ",".join(sorted(names.get(d, d[:12]) for d in stats.device_digests))
-        waiting = ",".join(sorted(names.get(d, d[:12]) for d in stats.waiting_digests))
+        resident = ",".join(sorted(name for d in stats.device_digests for name in names.get(d, [d[:12]])))
+        waiting = ",".join(sorted(name for d in stats.waiting_digests for name in names.get(d, [d[:12]])))
         info.add_metric((str(config.max_loras), resident, waiting), time.time())
         yield info
 
-    def _names_by_digest(self) -> dict[str, str]:
-        return {version.digest: version.name for version in self._service.catalog.page()}
+    def _names_by_digest(self) -> dict[str, list[str]]:
+        """Several names may stand for the same files."""
+        names: dict[str, list[str]] = {}
+        for version in self._service.catalog.page():
+            names.setdefault(version.digest, []).append(version.name)
+        return names

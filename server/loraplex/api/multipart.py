@@ -11,12 +11,12 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import parse_options_header
 
-from loraplex.errors import AdapterInvalid, InvalidRequest
+from loraplex.api.errors import UnsupportedMediaType
+from loraplex.errors import InvalidRequest
 from loraplex.lora.headers import refuse_pickle_name
 from loraplex.lora.staging import StagedFile, Staging
 
 MAX_NAME_BYTES = 256
-MAX_PARTS = 8
 FILES = ("config", "weights")
 
 
@@ -29,7 +29,8 @@ class _Part:
 class AdapterUpload:
     """Feeds a multipart body into a staging: parts `name`, `config`, `weights`, each once, in any order."""
 
-    def __init__(self, staging: Staging, boundary: bytes):
+    def __init__(self, staging: Staging, boundary: bytes, check_name: Callable[[str], object]):
+        self._check_name = check_name
         self._open: dict[str, Callable[[], StagedFile]] = {
             "config": staging.open_config,
             "weights": staging.open_weights,
@@ -67,11 +68,15 @@ class AdapterUpload:
             raise InvalidRequest(f"The multipart body ends early: {error}") from error
         missing = [part for part in ("name", *FILES) if part not in self._seen]
         if missing:
-            raise AdapterInvalid(
+            raise InvalidRequest(
                 f"The upload lacks {', '.join(missing)}. Send three parts: name, config (adapter_config.json) and "
                 "weights (adapter_model.safetensors).",
                 param=missing[0],
             )
+        return self._sent_name
+
+    @property
+    def _sent_name(self) -> str:
         return self._name.decode("utf-8", "replace")
 
     def close(self) -> None:
@@ -81,8 +86,6 @@ class AdapterUpload:
             file.__exit__(ConnectionError, None, None)
 
     def _on_part_begin(self) -> None:
-        if len(self._seen) >= MAX_PARTS:
-            raise InvalidRequest(f"The upload has more than {MAX_PARTS} parts.")
         self._part = _Part()
         self._disposition = b""
 
@@ -120,6 +123,8 @@ class AdapterUpload:
         if self._part.file is not None:
             file, self._part.file = self._part.file, None
             file.__exit__(None, None, None)
+        else:
+            self._check_name(self._sent_name)  # now, not after gigabytes of weights
 
 
 def boundary_of(request: Request) -> bytes:
@@ -127,9 +132,8 @@ def boundary_of(request: Request) -> bytes:
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
-        raise InvalidRequest(
+        raise UnsupportedMediaType(
             "Send an adapter as multipart/form-data: curl -F name=NAME -F config=@adapter_config.json "
-            "-F weights=@adapter_model.safetensors",
-            code="unsupported_media_type",
+            "-F weights=@adapter_model.safetensors"
         )
     return boundary

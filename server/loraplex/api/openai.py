@@ -3,22 +3,26 @@
 Non-streaming folds the stream: there is one way to generate. Shapes: OpenAI's API reference; extras as vLLM has them.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any
 
+import structlog
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from loraplex.api.auth import tenant_of
-from loraplex.api.errors import body_of
+from loraplex.api.errors import body_of, error_body
 from loraplex.api.metrics import Metrics
 from loraplex.api.replies import ChatReply, CompletionReply, Reply
 from loraplex.api.schemas import ChatCompletionRequest, CompletionRequest
 from loraplex.api.streaming import DONE, ClientGone, EventStream, event, unless_gone
 from loraplex.errors import LoraplexError
 from loraplex.generation import Generation
+from loraplex.lora.version import Version
 from loraplex.service import Service
 
+logger = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1")
 
 
@@ -65,39 +69,46 @@ async def _answer(
         options = body.stream_options
         usage = bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
-        return EventStream(_stream(generation, reply, metrics, usage=usage, continuous=continuous), headers)
+        events = _stream(generation, reply, metrics, usage=usage, continuous=continuous)
+        return EventStream(events, headers, generation.close)
     try:
         whole = await unless_gone(request, _fold(generation, reply, metrics))
     except ClientGone:
-        return Response(status_code=499)
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        await generation.close()
     return JSONResponse(whole, headers=headers)
 
 
 async def _fold(generation: Generation, reply: Reply, metrics: Metrics) -> dict[str, Any]:
     with metrics.watching(generation) as watch:
-        async for delta in generation:
-            watch.see(delta)
-            reply.add(delta)
+        async with aclosing(generation.deltas()) as deltas:
+            async for delta in deltas:
+                watch.see(delta)
+                reply.add(delta)
     return reply.whole()
 
 
 async def _stream(
     generation: Generation, reply: Reply, metrics: Metrics, *, usage: bool, continuous: bool
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     try:
         for chunk in reply.opening():
             yield event(_with_usage(chunk, reply, usage, continuous))
         with metrics.watching(generation) as watch:
-            async for delta in generation:
-                watch.see(delta)
-                for chunk in reply.chunks(delta):
-                    yield event(_with_usage(chunk, reply, usage, continuous))
+            async with aclosing(generation.deltas()) as deltas:
+                async for delta in deltas:
+                    watch.see(delta)
+                    for chunk in reply.chunks(delta):
+                        yield event(_with_usage(chunk, reply, usage, continuous))
         if usage:
             yield event({**reply.frame(), "choices": [], "usage": reply.usage()})
     except LoraplexError as error:
         yield event(body_of(error))
-    finally:
-        await generation.close()
+    except Exception as error:
+        logger.exception("a stream failed")
+        message = f"The server failed unexpectedly ({type(error).__name__}); its log says more."
+        yield event(error_body(500, message, "internal_error"))
     yield DONE
 
 
@@ -110,7 +121,7 @@ def _with_usage(chunk: dict[str, Any], reply: Reply, usage: bool, continuous: bo
 @router.get("/models")
 def models(service: TheService) -> dict[str, Any]:
     """The base first, then every adapter by name, then nothing else: aliases come with routing."""
-    adapters = [model_card(service, version.name, version) for version in service.catalog.page()]
+    adapters = [model_card(service, version.name, version) for version in service.catalog.served()]
     return {"object": "list", "data": [base_card(service), *adapters]}
 
 
@@ -133,7 +144,7 @@ def base_card(service: Service) -> dict[str, Any]:
     }
 
 
-def model_card(service: Service, name: str, version) -> dict[str, Any]:
+def model_card(service: Service, name: str, version: Version) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",

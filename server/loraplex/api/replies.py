@@ -119,15 +119,15 @@ class CompletionReply(Reply):
             offsets.append(offset)
             offset += len(token.text)
             texts.append(token.text)
-            logprobs.append(None if token.logprobs is None else token.logprobs.logprob)
+            logprobs.append(None if token.logprobs is None else _finite(token.logprobs.logprob))
             tops.append(None if token.logprobs is None else self._top(token.text, token.logprobs))
         return {"text_offset": offsets, "tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops}
 
     def _top(self, text: str, logprobs: TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}
         for token_id, value in logprobs.top:  # two ids can read the same: the likelier one stays
-            top.setdefault(self._tokenizer.token_text(token_id), value)
-        top.setdefault(text, logprobs.logprob)
+            top.setdefault(self._tokenizer.token_text(token_id), _finite(value))
+        top.setdefault(text, _finite(logprobs.logprob))
         return top
 
 
@@ -164,16 +164,23 @@ class ChatReply(Reply):
     def _logprobs(self, tokens: list[TokenInfo]) -> dict[str, Any] | None:
         content = [
             {
-                **_entry(token.text, token.logprobs.logprob),
-                "top_logprobs": [
-                    _entry(self._tokenizer.token_text(token_id), value) for token_id, value in token.logprobs.top
-                ],
+                **self._entry(token.token_id, token.logprobs.logprob),
+                "top_logprobs": [self._entry(token_id, value) for token_id, value in token.logprobs.top],
             }
             for token in tokens
             if token.logprobs is not None
         ]
         return {"content": content, "refusal": None} if content else None
 
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        tokenizer = self._tokenizer
+        return {
+            "token": tokenizer.token_text(token_id),
+            "logprob": _finite(logprob),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
 
-def _entry(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+def _finite(logprob: float) -> float:
+    """JSON knows no infinity; a token that cannot come has -9999, as in vLLM."""
+    return max(logprob, -9999.0)

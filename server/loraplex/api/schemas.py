@@ -4,22 +4,39 @@ Unknown fields are accepted, because clients send many, and named in the `x-igno
 do not implement are refused when they ask for something.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from loraplex.engine.sampling_params import MAX_LOGPROBS, SamplingParams
+from loraplex.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from loraplex.errors import InvalidRequest
 from loraplex.generation import OutputOptions
+from loraplex.model.tokenizer import require_unicode
 from loraplex.service import GenerationRequest
 
 MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_MESSAGES = 2048
+MAX_PROMPT_TOKENS = 1 << 20
+MAX_CONTENT_PARTS = 1024
 SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TOKEN = Annotated[int, Field(ge=0, lt=2**31)]
+# Lists stop at their first fault: a body of a million faults would become a million error objects.
+TOKENS = Annotated[list[TOKEN], Field(fail_fast=True, max_length=MAX_PROMPT_TOKENS)]
 IGNORED = {"user", "request_id", "priority", "metadata", "store", "service_tier", "parallel_tool_calls"}
 """Known, harmless and without meaning here."""
+UNSUPPORTED = {
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
+    **dict.fromkeys(("prompt_logprobs", "prompt_embeds", "truncate_prompt_tokens", "logits_processors"), ()),
+    **dict.fromkeys(("bad_words", "allowed_token_ids"), ([],)),
+    **dict.fromkeys(("use_beam_search", "return_tokens_as_token_ids"), (False,)),
+    "response_format": ({"type": "text"},),
+}
+"""Known, not implemented: name -> the values that ask for nothing."""
+
+
+_FIELD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class StreamOptions(BaseModel):
@@ -44,30 +61,41 @@ class _Sampling(BaseModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     seed: SEED | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: Annotated[list[TOKEN], Field(max_length=64)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TOKEN], Field(max_length=64, fail_fast=True)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
-    user: str | None = None
+
+    @field_validator("stop", "cache_salt")
+    @classmethod
+    def _no_half_characters(cls, value: Any) -> Any:
+        for text in [value] if isinstance(value, str) else value or ():
+            require_unicode(text)
+        return value
 
     @property
     def ignored_params(self) -> list[str]:
-        """Unknown fields that carry a value, by name, cut to something a header can hold."""
+        """Unknown fields that carry a value, by name, cut to something a header can hold ("..." for the rest)."""
         extra = self.model_extra or {}
-        names = sorted(name for name, value in extra.items() if value is not None and name not in IGNORED)
-        return [name for name in names if name.isascii() and name.isprintable()][:32]
+        known = IGNORED | UNSUPPORTED.keys() | self.unsupported.keys()
+        names = sorted(name for name, value in extra.items() if value is not None and name not in known)
+        shown = [name for name in names if _FIELD_NAME.fullmatch(name)][:32]
+        return shown if len(shown) == len(names) else [*shown, "..."]
 
-    def refuse(self, unsupported: dict[str, Any]) -> None:
-        """Raise for a field with a meaning that is not implemented. `unsupported`: name -> values that ask for
-        nothing."""
+    @property
+    def unsupported(self) -> dict[str, tuple]:
+        """What UNSUPPORTED is for this route alone."""
+        return {}
+
+    def refuse_unsupported(self) -> None:
+        """Raise for a field with a meaning that is not implemented."""
         extra = self.model_extra or {}
-        for name, harmless in unsupported.items():
+        for name, harmless in {**UNSUPPORTED, **self.unsupported}.items():
             value = extra.get(name)
             if value is not None and value not in harmless:
                 raise InvalidRequest(
@@ -92,7 +120,7 @@ class _Sampling(BaseModel):
         return SamplingParams(
             max_tokens=self.min_tokens or 16,  # the service sets the real one
             min_tokens=self.min_tokens or 0,
-            top_k=max(0, self.top_k or 0),  # vLLM's -1 means all, too
+            top_k=0 if self.top_k in (None, -1) else self.top_k,  # vLLM's -1 means all, too
             logit_bias=self._logit_bias(),
             stop_token_ids=frozenset(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
@@ -120,19 +148,25 @@ class _Sampling(BaseModel):
 
     def _logit_bias(self) -> tuple[tuple[int, float], ...]:
         try:
-            return tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items())
-        except ValueError:
-            raise InvalidRequest("The keys of logit_bias are token ids.", param="logit_bias") from None
+            return tuple((int(token), float(bias)) for token, bias in (self.logit_bias or {}).items())
+        except (ValueError, TypeError, OverflowError):
+            raise InvalidRequest(
+                'logit_bias maps token ids to numbers from -100 to 100, as {"42": -5}.', param="logit_bias"
+            ) from None
 
 
 class CompletionRequest(_Sampling):
-    prompt: str | list[TOKEN] | list[str] | list[list[TOKEN]]
+    prompt: str | TOKENS | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[TOKENS], Field(fail_fast=True)]
+    add_special_tokens: bool | None = None
     logprobs: int | None = None
     echo: bool | None = None
 
+    @property
+    def unsupported(self) -> dict[str, tuple]:
+        return {"suffix": ("",), "best_of": (1, self.n)}
+
     def to_service(self, tenant: bytes) -> GenerationRequest:
-        self.refuse({"suffix": ("",), "best_of": (1, self.n), "prompt_logprobs": (), "response_format": (TEXT,)})
-        self.refuse(dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "structured_outputs"), ()))
+        self.refuse_unsupported()
         check_logprobs(self.logprobs, "logprobs")
         prompts = [self.prompt] if isinstance(self.prompt, str) or not self.prompt else self.prompt
         if prompts and isinstance(prompts[0], int):
@@ -160,7 +194,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Annotated[str, Field(max_length=64)]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_CONTENT_PARTS)] | None = None
 
     def to_template(self) -> dict[str, Any]:
         content = self.content
@@ -171,18 +205,32 @@ class ChatMessage(BaseModel):
 
 
 class ChatCompletionRequest(_Sampling):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
+    @property
+    def unsupported(self) -> dict[str, tuple]:
+        return {
+            "tools": ([],),
+            "functions": ([],),
+            "tool_choice": ("none", "auto"),
+            "function_call": ("none", "auto"),
+            "audio": (),
+            "prediction": (),
+            "web_search_options": (),
+            "modalities": (["text"],),
+            "chat_template": (),
+            "chat_template_kwargs": ({},),
+            "documents": ([],),
+            "echo": (False,),
+        }
+
     def to_service(self, tenant: bytes) -> GenerationRequest:
-        self.refuse({"tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none",)})
-        self.refuse({"response_format": (TEXT,), "audio": (), "prediction": (), "web_search_options": ()})
-        self.refuse({"modalities": (["text"],), "chat_template": (), "chat_template_kwargs": ({},), "echo": (False,)})
-        self.refuse(dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "structured_outputs"), ()))
+        self.refuse_unsupported()
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
         check_logprobs(self.top_logprobs, "top_logprobs")
@@ -206,9 +254,6 @@ class ChatCompletionRequest(_Sampling):
         )
 
 
-TEXT = {"type": "text"}
-
-
 def check_logprobs(count: int | None, param: str) -> None:
     if count is not None and not 0 <= count <= MAX_LOGPROBS:
         raise InvalidRequest(f"{param} must lie between 0 and {MAX_LOGPROBS}, not {count}.", param=param)
@@ -217,7 +262,7 @@ def check_logprobs(count: int | None, param: str) -> None:
 class TokenizeRequest(BaseModel):
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
@@ -225,4 +270,4 @@ class TokenizeRequest(BaseModel):
 
 class DetokenizeRequest(BaseModel):
     model: str | None = None
-    tokens: Annotated[list[TOKEN], Field(max_length=1 << 20)]
+    tokens: TOKENS

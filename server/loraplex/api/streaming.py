@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -22,10 +22,15 @@ def event(data: Any) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events that is cancelled when the client goes away, also while nothing is being sent."""
+    """A stream of events that is cancelled when the client goes away, also while nothing is being sent.
 
-    def __init__(self, content: AsyncIterator[bytes], headers: dict[str, str]):
+    `close` is awaited at the end in any case: a generator that was never started has no `finally` that runs.
+    """
+
+    def __init__(self, content: AsyncGenerator[bytes], headers: dict[str, str], close: Callable[[], Awaitable[None]]):
         super().__init__(content, headers={**headers, "cache-control": "no-store"}, media_type="text/event-stream")
+        self._content = content
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = asyncio.ensure_future(self.stream_response(send))
@@ -37,6 +42,8 @@ class EventStream(StreamingResponse):
             if not stream.done():
                 stream.cancel()
             await asyncio.gather(stream, watch, return_exceptions=True)
+            await self._content.aclose()
+            await self._close()
         error = None if stream.cancelled() else stream.exception()
         if error is not None and not isinstance(error, OSError):  # OSError: the connection broke while sending
             raise error

@@ -4,6 +4,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from loraplex.cli import adapters, bench, demo, serve
 from loraplex.errors import LoraplexError
@@ -22,5 +23,6 @@ def main() -> None:
     try:
         app()
     except LoraplexError as error:
-        Console(stderr=True).print(f"[bold red]error[/] {error.message}", highlight=False)
+        # Text, not markup: a message may quote what the user typed.
+        Console(stderr=True).print(Text.assemble(("error ", "bold red"), error.message), soft_wrap=True)
         sys.exit(2)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx2
 import typer
@@ -70,7 +71,7 @@ def ls(json_output: Json = False) -> None:
 
 def rm(name: Annotated[str, typer.Argument(help="name or name@version")], json_output: Json = False) -> None:
     """Delete an adapter or one version of it; running requests finish."""
-    reply = _request("DELETE", f"/v1/adapters/{name}")
+    reply = _request("DELETE", f"/v1/adapters/{quote(name, safe='@')}")
     if json_output:
         _print_json(reply)
     else:
@@ -97,7 +98,7 @@ def _request(method: str, path: str, **kwargs: Any) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
     try:
         reply = httpx2.request(method, settings.url.rstrip("/") + path, headers=headers, timeout=300, **kwargs)
-    except httpx2.TransportError as error:
+    except (httpx2.TransportError, httpx2.InvalidURL) as error:
         raise ServerRefused(
             f"No server answers at {settings.url} ({error}). Start one with 'loraplex serve', or set LORAPLEX_URL."
         ) from error
@@ -106,7 +107,11 @@ def _request(method: str, path: str, **kwargs: Any) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ServerRefused(f"{settings.url} answered {reply.status_code} and no JSON.") from error
     if reply.status_code >= 400:
-        raise ServerRefused(body.get("error", {}).get("message", f"status {reply.status_code}"))
+        try:
+            message = body["error"]["message"]
+        except (KeyError, TypeError):
+            message = f"{settings.url} answered {reply.status_code}: {str(body)[:200]}"
+        raise ServerRefused(message)
     return body
 
 

@@ -3,10 +3,14 @@
 import asyncio
 import json
 import logging
+import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import structlog
@@ -93,26 +97,58 @@ async def _serve(settings: Settings, started: float, *, as_json: bool) -> int:
             http="h11",  # caps the size of headers
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)),
+            timeout_graceful_shutdown=round(settings.shutdown_timeout) + 5,  # streams are ended before
             server_header=False,
             lifespan="off",
         )
-        server = _Server(config, service)
-        _show(service, listener.getsockname()[1], time.perf_counter() - started, as_json=as_json)
+        port = listener.getsockname()[1]
+        server = _Server(config, service, lambda: _show(service, port, time.perf_counter() - started, as_json=as_json))
+        server.should_exit = not service.engine.is_alive
         await server.serve(sockets=[listener])
     return exit_code
 
 
 class _Server(uvicorn.Server):
-    """Says 503 on /health from the moment a signal arrives, so that no new traffic is sent."""
+    """uvicorn's server with our way to stop.
 
-    def __init__(self, config: uvicorn.Config, service: "Service"):
+    From the first signal on, /health says 503 and new requests are refused; those under way have `shutdown_timeout`
+    seconds, then they end with an error. A second signal ends everything now. Either way the process returns and
+    exits with its own code: uvicorn alone would raise the signal again and die of it.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: "Service", on_listening: Callable[[], None]):
         super().__init__(config)
         self._service = service
+        self._on_listening = on_listening
 
-    def handle_exit(self, sig, frame) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_listening()  # not before: whoever reads "ready" may connect at once
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
         self._service.is_draining = True
-        super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.ensure_future(self._end_requests())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_requests(self) -> None:
+        await asyncio.sleep(self._service.settings.shutdown_timeout)
+        await self._service.engine.stop()
 
 
 def _bind(settings: Settings) -> socket.socket:

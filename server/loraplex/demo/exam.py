@@ -80,6 +80,6 @@ class Exam:
             params=SamplingParams(temperature=0.0),
         )
         generation = await self._service.generate(request)
-        text = "".join([delta.text async for delta in generation])
+        text = "".join([delta.text async for delta in generation.deltas()])
         on_answer()
         return text

@@ -8,7 +8,7 @@ this file alone. This is the one file of `engine/` that knows threads and asynci
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -34,7 +34,7 @@ logger = structlog.get_logger(__name__)
 class EngineClient(Protocol):
     """What the service needs of an engine, wherever it runs. All values are picklable."""
 
-    def submit(self, requests: tuple[EngineRequest, ...]) -> AsyncIterator[SequenceOutput]:
+    def submit(self, requests: tuple[EngineRequest, ...]) -> AsyncGenerator[SequenceOutput]:
         """Start sequences; iterate over their outputs, of which each one's last has a finish reason. Ending the
         iteration early aborts what still runs."""
         ...
@@ -95,7 +95,7 @@ class AsyncEngine:
 
     # -- requests (event loop) --------------------------------------------------------------------------------
 
-    async def submit(self, requests: tuple[EngineRequest, ...]) -> AsyncIterator[SequenceOutput]:
+    async def submit(self, requests: tuple[EngineRequest, ...]) -> AsyncGenerator[SequenceOutput]:
         if not self.is_alive:
             raise NotReady(f"The engine is not running: {self._death or 'it was stopped'}.")
         queue: asyncio.Queue[SequenceOutput] = asyncio.Queue()
@@ -130,8 +130,8 @@ class AsyncEngine:
 
     def _deliver(self, item: StepOutput | CommandResult) -> None:
         if isinstance(item, CommandResult):
-            future = self._commands.pop(item.command_id)
-            if future.cancelled():
+            future = self._commands.pop(item.command_id, None)
+            if future is None or future.done():  # who asked is gone
                 return
             if item.error is not None:
                 future.set_exception(ValueError(item.error))

@@ -4,23 +4,37 @@ Encoding goes to the Rust tokenizer directly: the wrapper of transformers change
 not be used from several threads.
 """
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from loraplex.errors import InvalidRequest, StartupError
 from loraplex.model.detokenizer import Detokenizer
 
 MAX_RENDERED_CHARS = 4_000_000
+_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def require_unicode(text: str) -> None:
+    """Raise ValueError for half a surrogate pair: JSON can spell it, UTF-8 and tokenizers cannot."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"holds half of a surrogate pair at character {error.start}") from None
 
 
 class Tokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None):
         self._hf = tokenizer
         self._backend = tokenizer.backend_tokenizer
+        self._byte_of = _byte_alphabet() if _is_byte_level(self._backend) else {}
         if chat_template is not None:
             tokenizer.chat_template = chat_template
 
@@ -67,6 +81,11 @@ class Tokenizer:
         return {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Raises InvalidRequest for text that is no Unicode."""
+        try:
+            require_unicode(text)
+        except ValueError as error:
+            raise InvalidRequest(f"The text {error}.", param="prompt") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_chat(
@@ -96,8 +115,9 @@ class Tokenizer:
                 continue_final_message=continue_final_message,
                 **(template_kwargs or {}),
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
-            raise InvalidRequest(f"The chat template refused the messages: {error}", param="messages") from error
+        except Exception as error:  # the template is the operator's, so whatever it was, the messages brought it about
+            why = str(error)[:500] if isinstance(error, TemplateError | ValueError) else repr(error)[:500]
+            raise InvalidRequest(f"The chat template refused the messages: {why}", param="messages") from error
         assert isinstance(text, str), "tokenize=False renders text"
         if len(text) > MAX_RENDERED_CHARS:
             raise InvalidRequest("The rendered chat is too long.", param="messages")
@@ -110,9 +130,30 @@ class Tokenizer:
         """One token by itself; half a character shows as U+FFFD."""
         return self._backend.decode([token_id], skip_special_tokens=False)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token by itself, half characters too; put together they are the text's."""
+        name = self.token_name(token_id)
+        if name is not None and self._byte_of and all(char in self._byte_of for char in name):
+            return bytes(self._byte_of[char] for char in name)
+        if name is not None and (fallback := _FALLBACK.fullmatch(name)):
+            return bytes([int(fallback[1], 16)])
+        return self.token_text(token_id).encode()
+
     def token_name(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it; None for an id it does not have."""
         return self._backend.id_to_token(token_id)
 
     def detokenizer(self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
         return Detokenizer(self._backend, prompt_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _is_byte_level(backend: RustTokenizer) -> bool:
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    return any(part["type"] == "ByteLevel" for part in decoder.get("decoders", [decoder]) if part)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level BPE spells bytes: printable ones as they are, the others moved up by 256 in order (GPT-2)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
