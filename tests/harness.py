@@ -1,6 +1,7 @@
 """An engine on a tiny model that can be driven step by step and whose logits are recorded."""
 
 import copy
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class World:
     reference: torch.nn.Module
     base: BaseModel
     runner: RecordingRunner
+    config: EngineConfig  # the largest sizes: what the runner's tensors were made for
     is_batch_invariant: bool
     adapters: dict[str, LoRAWeights] = field(default_factory=dict)
 
@@ -67,7 +69,7 @@ class World:
         self.runner.recorded = {}
         for place in range(self.runner.pool.num_places):
             self.runner.pool.clear(place)
-        self.runner.config = resized(self.runner.config, **sizes)
+        self.runner.config = resized(self.config, **sizes)
         engine = Engine(self.runner, read or self.read)
         try:
             yield engine
@@ -112,7 +114,7 @@ def make_world(
     runner.recorded = {}
     proof = prove(runner, reference)
     runner.recorded = {}
-    return World(model_type, original, base, runner, proof.is_batch_invariant)
+    return World(model_type, original, base, runner, runner.config, proof.is_batch_invariant)
 
 
 def request(
@@ -170,6 +172,8 @@ class Driver:
             self.outcomes[one.seq_id].take(output.step, one)
         if self._check:
             self.engine.check_integrity()
+        if self.engine.is_stalled and self.engine.has_work:
+            time.sleep(0.001)  # only a load can change anything; the async engine waits for its message here
 
     def run(self, max_steps: int = 20_000) -> dict[str, Outcome]:
         steps = 0

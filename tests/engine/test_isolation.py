@@ -16,6 +16,7 @@ from harness import Driver, World, make_world, random_ids, request
 from loraplex.engine import batch, block_manager
 from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.messages import AdapterUse, EngineRequest
+from oracle import Oracle
 
 SCHEDULES_PER_MODEL = 40
 NUM_TEMPLATES = 24
@@ -148,8 +149,6 @@ def test_random_schedules(templates: Templates):
 
 def test_alone_equals_the_oracle(templates: Templates):
     """What 'alone' means is itself checked against the dense implementation."""
-    from oracle import Oracle
-
     world = templates.world
     oracle = Oracle(world.reference, world.base.targets)
     for template in templates.requests:

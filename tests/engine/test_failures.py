@@ -1,0 +1,170 @@
+"""A step that fails ends its batch, not the server; a row that fails ends itself, not its neighbours."""
+
+import pytest
+import torch
+
+from harness import Driver, World, make_world, random_ids, request
+from loraplex.engine.engine import MAX_FAILED_STEPS, EngineDied, is_device_error
+from loraplex.engine.messages import FinishReason
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    world = make_world("llama")
+    world.add_adapters([4, 2])
+    return world
+
+
+def fail_at(world: World, monkeypatch: pytest.MonkeyPatch, steps: set[int], error: Exception | None = None) -> None:
+    """Make the forward pass of the given calls raise, after the base has run: blocks are half written by then."""
+    forward = world.runner.forward
+    calls = iter(range(10_000))
+
+    def failing(batch):
+        result = forward(batch)
+        if next(calls) in steps:
+            raise error or RuntimeError("injected")
+        return result
+
+    monkeypatch.setattr(world.runner, "forward", failing)
+
+
+def test_a_failed_step_ends_its_batch_and_the_engine_goes_on(world: World, monkeypatch: pytest.MonkeyPatch):
+    digest = next(iter(world.adapters))
+    with world.engine(max_num_seqs=2) as engine:
+        fail_at(world, monkeypatch, {3})
+        driver = Driver(engine)
+        for i in range(4):
+            driver.add(request(str(i), random_ids(20, seed=i), world.use(digest if i % 2 else None)))
+        outcomes = driver.run()
+        reasons = [outcomes[str(i)].finish_reason for i in range(4)]
+        assert reasons.count(FinishReason.ERROR) == 2, "the batch of the failed step, and nobody else"
+        assert reasons.count(FinishReason.LENGTH) == 2
+        failed = next(o for o in outcomes.values() if o.finish_reason is FinishReason.ERROR).outputs[-1].failure
+        assert failed is not None
+        assert failed.code == "engine_step_failed"
+        assert "RuntimeError: injected" in failed.message
+        assert engine.last_error is not None
+        assert "injected" in engine.last_error
+
+
+def test_nothing_of_a_failed_step_is_reused(world: World, monkeypatch: pytest.MonkeyPatch):
+    """Blocks that a failed step wrote are not offered as a prefix: the next equal prompt computes them again."""
+    prompt = random_ids(40, seed=3)
+    with world.engine() as engine:
+        driver = Driver(engine)
+        driver.add(request("right", prompt))
+        driver.run()
+    with world.engine() as engine:
+        fail_at(world, monkeypatch, {0})
+        driver = Driver(engine)
+        driver.add(request("failed", prompt))
+        driver.add(request("other", random_ids(9, seed=4)))
+        driver.run()
+        driver.add(request("again", prompt))
+        again = driver.run()["again"]
+        assert again.outputs[0].num_cached_tokens == 0
+    with world.engine() as engine:
+        fresh = Driver(engine)
+        fresh.add(request("right", prompt))
+        assert fresh.run()["right"].tokens == again.tokens
+
+
+def test_three_failed_steps_in_a_row_end_the_engine(world: World, monkeypatch: pytest.MonkeyPatch):
+    with world.engine(max_num_seqs=1) as engine:
+        fail_at(world, monkeypatch, set(range(1, 10)))
+        driver = Driver(engine)
+        for i in range(MAX_FAILED_STEPS + 1):
+            driver.add(request(str(i), random_ids(5, seed=i)))
+        with pytest.raises(EngineDied, match="3 steps in a row"):
+            driver.run()
+
+
+def test_a_good_step_in_between_forgives(world: World, monkeypatch: pytest.MonkeyPatch):
+    with world.engine(max_num_seqs=1) as engine:
+        fail_at(world, monkeypatch, {0, 1, 3, 4, 6})
+        driver = Driver(engine)
+        for i in range(8):
+            driver.add(request(str(i), random_ids(5, seed=i), max_tokens=2))
+        outcomes = driver.run()
+    assert sum(o.finish_reason is FinishReason.LENGTH for o in outcomes.values()) == 8 - 5
+
+
+def test_broken_bookkeeping_ends_the_engine(world: World, monkeypatch: pytest.MonkeyPatch):
+    with world.engine() as engine:
+        fail_at(world, monkeypatch, {1})
+        driver = Driver(engine, check=False)
+        driver.add(request("a", random_ids(5, seed=1)))
+        driver.step()
+        engine.blocks._ref_counts[5] += 1
+        with pytest.raises(EngineDied, match="bookkeeping"):
+            driver.run()
+        engine.blocks._ref_counts[5] -= 1
+
+
+def test_a_device_error_ends_the_engine_and_out_of_memory_does_not():
+    assert is_device_error(torch.AcceleratorError("an illegal memory access", 700))
+    assert not is_device_error(torch.cuda.OutOfMemoryError("too much"))
+    assert not is_device_error(RuntimeError("anything"))
+
+
+def test_an_adapter_that_gives_nan_ends_only_its_own_row(world: World):
+    """The values are finite, the product is not: the row that uses it gets an error, its neighbours their tokens."""
+    from dataclasses import replace
+
+    good, bad = list(world.adapters)
+    poisoned = replace(world.adapters[bad], slab=torch.full_like(world.adapters[bad].slab, 3e38))
+    with world.engine() as engine:
+        driver = Driver(engine)
+        for name, digest in (("good", good), ("base", None)):
+            driver.add(request(name, random_ids(9, seed=7), world.use(digest)))
+        alone = {name: outcome.tokens for name, outcome in driver.run().items()}
+    with world.engine(lambda digest: poisoned if digest == bad else world.adapters[digest]) as engine:
+        driver = Driver(engine)
+        for name, digest in (("good", good), ("bad", bad), ("base", None)):
+            driver.add(request(name, random_ids(9, seed=7), world.use(digest)))
+        outcomes = driver.run()
+    assert outcomes["bad"].finish_reason is FinishReason.ERROR
+    failure = outcomes["bad"].outputs[-1].failure
+    assert failure is not None
+    assert failure.code == "non_finite_logits"
+    assert {name: outcomes[name].tokens for name in ("good", "base")} == alone
+
+
+def test_refusals_of_the_engine(world: World):
+    with world.engine(max_waiting=2) as engine:
+        driver = Driver(engine)
+        driver.add(request("empty", []))
+        driver.add(request("long", random_ids(190, seed=1), max_tokens=8))
+        codes = {name: outcome.outputs[0].failure for name, outcome in driver.outcomes.items()}
+        assert codes["empty"] is not None
+        assert codes["empty"].code == "invalid_request"
+        assert codes["long"] is not None
+        assert codes["long"].code == "context_length_exceeded"
+        for i in range(3):
+            driver.add(request(str(i), [5, 6, 7]))
+        last = driver.outcomes["2"].outputs[0].failure
+        assert last is not None
+        assert last.code == "overloaded"
+        driver.run()
+        with pytest.raises(ValueError, match="no command"):
+            engine.run_command("dance", {})
+
+
+def test_abort_at_any_moment(world: World):
+    """Waiting, in the middle of a prompt, decoding, finished, unknown."""
+    with world.engine(max_num_seqs=2, max_num_batched_tokens=8, max_waiting=8) as engine:
+        driver = Driver(engine)
+        for i in range(4):
+            driver.add(request(str(i), random_ids(30, seed=i), max_tokens=4))
+        driver.abort("3")
+        driver.step()
+        driver.abort("0")
+        driver.abort("0")
+        driver.abort("nobody")
+        outcomes = driver.run()
+        driver.abort("1")
+        assert not outcomes["3"].outputs
+        assert not outcomes["0"].tokens
+        assert [len(outcomes[name].tokens) for name in "12"] == [4, 4]
+        assert engine.blocks.num_free_blocks == engine.config.num_blocks
