@@ -139,6 +139,8 @@ class Service:
         try:
             version = self.catalog.get(ref.name, ref.version)
         except ModelNotFound as error:
+            if error.code != ModelNotFound.code:  # it exists, and cannot be served
+                raise
             near = nearest_names(ref.name, [self.base_name, *self.catalog.names()])
             hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
             raise ModelNotFound(f"The model {model!r} does not exist: {error.message}{hint}", param="model") from error

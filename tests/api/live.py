@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,22 +66,23 @@ class LiveServer:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        with pytest.MonkeyPatch.context() as patch:
-            build = loraplex.service.build_engine
-            patch.setattr(loraplex.service, "build_engine", lambda *args: self._keep(build(*args)))
-            async with Service.running(self.settings, self.deaths.append) as service:
-                self.service = service
-                config = uvicorn.Config(
-                    create_app(service), port=0, http="h11", log_config=None, lifespan="off", ws="none"
-                )
-                self._server = uvicorn.Server(config)
-                serving = asyncio.ensure_future(self._server.serve())
-                while not self._server.started:
-                    await asyncio.sleep(0.01)
-                host, port = self._server.servers[0].sockets[0].getsockname()
-                self.url = f"http://{host}:{port}"
-                self._ready.set()
-                await serving
+        async with AsyncExitStack() as stack:
+            with pytest.MonkeyPatch.context() as patch:
+                build = loraplex.service.build_engine
+                patch.setattr(loraplex.service, "build_engine", lambda *args: self._keep(build(*args)))
+                running = Service.running(self.settings, self.deaths.append)
+                self.service = await stack.enter_async_context(running)
+            config = uvicorn.Config(
+                create_app(self.service), port=0, http="h11", log_config=None, lifespan="off", ws="none"
+            )
+            self._server = uvicorn.Server(config)
+            serving = asyncio.ensure_future(self._server.serve())
+            while not self._server.started:
+                await asyncio.sleep(0.01)
+            host, port = self._server.servers[0].sockets[0].getsockname()
+            self.url = f"http://{host}:{port}"
+            self._ready.set()
+            await serving
 
     def _keep(self, built: tuple[Engine, Any]) -> tuple[Engine, Any]:
         self.engine = built[0]

@@ -293,10 +293,21 @@ def test_logit_bias_and_penalties(client):
         text_of(client, logit_bias={"80": 100}, max_tokens=4)
         == text_of(client, logit_bias={"80": 100}, max_tokens=1) * 4
     )
-    pushed = {"logit_bias": {"80": 30, "81": 29.9}, "max_tokens": 8, "logprobs": 0}
-    plain = complete(client, **pushed)["choices"][0]["logprobs"]["tokens"]
-    for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"repetition_penalty": 50.0}):
-        assert complete(client, **pushed, **penalty)["choices"][0]["logprobs"]["tokens"] != plain
+
+    def tokens(**penalty) -> list[str]:
+        return complete(client, max_tokens=60, logprobs=0, **penalty)["choices"][0]["logprobs"]["tokens"]
+
+    def most(tokens: list[str]) -> int:
+        return max(tokens.count(token) for token in set(tokens))
+
+    letters = {"logit_bias": {str(token): 50 for token in range(72, 76)}}  # four letters, again and again
+    plain = tokens(**letters)
+    assert len(set(plain)) <= 4
+    for penalty in ({"frequency_penalty": 2.0}, {"repetition_penalty": 2.0}):
+        assert tokens(**letters, **penalty) != plain
+    many = {"logit_bias": {str(token): 50 for token in range(72, 98)}, "temperature": 1.0, "seed": 1}
+    assert len(set(tokens(**many, presence_penalty=2.0))) > len(set(tokens(**many, presence_penalty=-2.0)))
+    assert most(tokens(**letters, frequency_penalty=2.0)) < most(plain)
 
 
 def test_truncation_leaves_the_best(client):

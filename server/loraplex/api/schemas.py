@@ -71,7 +71,7 @@ class _Sampling(BaseModel):
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
-    @field_validator("stop", "cache_salt")
+    @field_validator("stop")
     @classmethod
     def _no_half_characters(cls, value: Any) -> Any:
         for text in [value] if isinstance(value, str) else value or ():
