@@ -108,6 +108,9 @@ class Settings(BaseSettings):
         return settings
 
     def _check(self) -> None:
+        for flag, folder in (("model", self.model), ("--adapters", self.adapters)):
+            if folder is not None and not folder.is_dir():
+                raise StartupError(f"{flag} {folder} is not a folder. Name one on this machine; nothing is downloaded.")
         if self.host not in LOOPBACK_HOSTS and self.api_key is None and not self.insecure:
             raise StartupError(
                 f"--host {self.host} can be reached from other machines, and there is no --api-key: anyone could use "

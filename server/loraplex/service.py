@@ -339,8 +339,6 @@ def adapter_folders(settings: Settings) -> list[tuple[str, Path]]:
     """The operator's adapters: every PEFT folder below --adapters by its name, and --lora-modules."""
     folders = []
     if settings.adapters is not None:
-        if not settings.adapters.is_dir():
-            raise StartupError(f"--adapters {settings.adapters} is not a folder.")
         folders += [
             (path.name, path)
             for path in sorted(settings.adapters.iterdir())

@@ -216,5 +216,3 @@ def test_a_folder_that_does_not_fit_is_refused_at_start_by_name(make_settings, b
     (tmp_path / "served" / "wide").rename(tmp_path / "served" / "no name")
     with pytest.raises(StartupError, match="'no name'"):
         LiveServer(make_settings(tmp_path / "data", adapters=tmp_path / "served")).__enter__()
-    with pytest.raises(StartupError, match="not a folder"):
-        LiveServer(make_settings(tmp_path / "data", adapters=tmp_path / "absent")).__enter__()

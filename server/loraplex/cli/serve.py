@@ -19,6 +19,7 @@ import uvicorn
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
+from structlog.tracebacks import ExceptionDictTransformer
 
 from loraplex import __version__
 from loraplex.config import Settings, prepare_process
@@ -78,10 +79,10 @@ def with_demo(flags: dict) -> dict:
 
 
 async def _serve(settings: Settings, started: float, *, as_json: bool) -> int:
-    from loraplex.api.app import create_app
+    listener = _bind(settings)
+    from loraplex.api.app import create_app  # seconds of imports: what can be refused without them is refused before
     from loraplex.service import Service
 
-    listener = _bind(settings)
     exit_code = 0
     server: _Server | None = None
 
@@ -234,9 +235,14 @@ def _size(nbytes: int) -> str:
 def configure_logging(level: str, *, as_json: bool) -> None:
     """structlog for everything, the standard library's loggers included; to stderr."""
     shared = [structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True)]
-    renderer = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer()
+    # Tracebacks without the values of variables: those hold prompts and keys.
+    plain = structlog.dev.plain_traceback
+    renderer = (
+        structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(exception_formatter=plain)
+    )
+    tracebacks = structlog.processors.ExceptionRenderer(ExceptionDictTransformer(show_locals=False))
     structlog.configure(
-        processors=[*shared, structlog.processors.dict_tracebacks if as_json else _keep, renderer],
+        processors=[*shared, tracebacks if as_json else _keep, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,

@@ -1,0 +1,273 @@
+"""The command line, as a person or a script uses it: real processes, a real server."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LORAPLEX = str(Path(sys.executable).parent / "loraplex")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
+BODY = {"model": "demo-base", "prompt": "the queen", "ignore_eos": True, "temperature": 0}
+
+
+def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+    command = [LORAPLEX, *map(str, arguments)]
+    environment = {**ENVIRONMENT, "COLUMNS": "200", **(env or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, cwd="/")
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *texts: str) -> None:
+    """Exit code 2 and one line on stderr that helps."""
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert done.stdout == ""
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("error ")
+    for text in texts:
+        assert text in line
+
+
+@dataclass
+class Served:
+    process: subprocess.Popen
+    facts: dict[str, str]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return self.facts["API"].removesuffix("/v1")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@contextmanager
+def serving(data: Path, *flags: object, command: tuple[str, ...] = (LORAPLEX,), **env: str) -> Iterator[Served]:
+    """`loraplex serve` of the demo."""
+    data.mkdir(exist_ok=True)
+    log = data / "log"
+    arguments = [*command, "serve", "--data-dir", data / "d", "--port", "0", "--json", "--threads", "1", *flags]
+    with open(log, "w") as errors:
+        process = subprocess.Popen(
+            list(map(str, arguments)), stdout=subprocess.PIPE, stderr=errors, text=True, env={**ENVIRONMENT, **env}
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        assert line, log.read_text()
+        yield Served(process, json.loads(line), log)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(tmp_path_factory.mktemp("served")) as server:
+        yield server
+        # With a keep-alive connection open, and twice: still 0.
+        with httpx2.Client() as client:
+            client.get(server.url + "/health")
+            assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+# -- against a server -----------------------------------------------------------------------------------------
+
+
+def test_push_ls_rm(served: Served):
+    env = {"LORAPLEX_URL": served.url}
+    pushed = run("push", ROOT / "adapters" / "upper", "--name", "mine", env=env)
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.startswith("mine@1  rank ")
+    again = json.loads(run("push", ROOT / "adapters" / "upper", "--name", "mine", "--json", env=env).stdout)
+    assert (again["id"], again["state"]) == ("mine@1", "ready")
+    body = {"model": "mine", "messages": [{"role": "user", "content": "the queen"}], "max_tokens": 24}
+    assert httpx2.post(served.url + "/v1/chat/completions", json=body).json()["model"] == "mine@1"
+    rows = json.loads(run("ls", "--json", env=env).stdout)["data"]
+    assert "mine" in [row["name"] for row in rows]
+    table = run("ls", env=env).stdout
+    assert all(word in table for word in ("mine", "tier", "upload"))
+    assert run("rm", "mine@1", env=env).stdout == "deleted mine@1\n"
+    gone = run("rm", "mine", "--json", env=env)
+    assert_refused(gone, "'mine' was deleted")
+
+
+def test_what_the_server_refuses(served: Served, tmp_path):
+    env = {"LORAPLEX_URL": served.url}
+    upper = ROOT / "adapters" / "upper"
+    assert_refused(run("push", upper, "--name", "demo-base", env=env), "base model")
+    assert_refused(run("push", upper, "--name", "[/red] a b", env=env), "'[/red] a b' is not a valid name")
+    assert_refused(run("push", tmp_path, env=env), "adapter_config.json does not exist")
+    assert_refused(run("rm", "../../x?y", env=env), "")
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    (spoilt / "adapter_config.json").write_bytes((upper / "adapter_config.json").read_bytes())
+    (spoilt / "adapter_model.safetensors").write_bytes(b"PK\x03\x04" + b"\0" * 100)
+    assert_refused(run("push", spoilt, env=env), "pickle")
+
+
+def test_no_server():
+    assert_refused(run("ls", env={"LORAPLEX_URL": "http://127.0.0.1:1"}), "No server answers", "LORAPLEX_URL")
+    assert_refused(run("ls", env={"LORAPLEX_URL": "nonsense"}), "LORAPLEX_URL")
+
+
+def test_the_data_folder_is_taken(served: Served):
+    data = served.facts["data"]
+    assert_refused(run("serve", "--data-dir", data, "--port", "0"), "in use by another loraplex", "--data-dir")
+
+
+# -- starting -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (("serve", "/nowhere"), ("/nowhere",)),
+        (("serve", "--host", "0.0.0.0"), ("--api-key", "--insecure")),
+        (("serve", "--port", "99999"), ("--port",)),
+        (("serve", "--dtype", "int4"), ("--dtype",)),
+        (("serve", "--config", "/nowhere.toml"), ("/nowhere.toml",)),
+        (("serve", "--host", "192.0.2.1", "--insecure"), ("192.0.2.1", "--port")),
+        (("serve", "--adapters", "/nowhere"), ("--adapters", "not a folder")),
+    ],
+)
+def test_what_serve_refuses(arguments, texts, tmp_path):
+    assert_refused(run(*arguments, env={"LORAPLEX_DATA_DIR": str(tmp_path / "d")}), *texts)
+
+
+def test_plain_start_information_and_a_key(tmp_path):
+    """Without --json and without a terminal: name=value lines. With a key, off loopback."""
+    arguments = [LORAPLEX, "serve", "--port", "0", "--host", "0.0.0.0", "--threads", "1"]
+    env = {**ENVIRONMENT, "LORAPLEX_API_KEY": "sesame-open", "LORAPLEX_DATA_DIR": str(tmp_path / "d")}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    assert process.stdout is not None
+    try:
+        facts = {}
+        for line in process.stdout:
+            name, _, value = line.rstrip("\n").partition("=")
+            facts[name] = value
+            if name == "push":
+                break
+        assert facts["auth"] == "API key"
+        assert "sesame-open" not in str(facts)
+        url = facts["API"] + "/models"
+        assert httpx2.get(url).status_code == 401
+        assert httpx2.get(url, headers={"authorization": "Bearer sesame-open"}).status_code == 200
+        client = run(
+            "ls", "--json", env={"LORAPLEX_URL": facts["API"].removesuffix("/v1"), "LORAPLEX_API_KEY": "sesame-open"}
+        )
+        assert json.loads(client.stdout)["total"] >= 3
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def test_help_and_usage():
+    assert "serve" in run("--help").stdout
+    assert run("serve", "--nonsense").returncode == 2
+
+
+def test_the_demo(tmp_path):
+    done = run("demo", "--json", "--prompts", "4", env={"TMPDIR": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert len(result["adapters"]) >= 3
+    for row in result["adapters"]:
+        assert row["exact_match"] >= 0.5 > row["base_exact_match"] or row["exact_match"] > row["base_exact_match"]
+    assert result["max_distinct"] >= 3
+    assert not list(tmp_path.glob("loraplex-demo-*"))
+
+
+# -- stopping -------------------------------------------------------------------------------------------------
+
+
+def stream(url: str, started: threading.Event, lines: list[str], **body) -> None:
+    with httpx2.stream("POST", url + "/v1/completions", json={**BODY, "stream": True, **body}, timeout=60) as reply:
+        for line in reply.iter_lines():
+            if line:
+                lines.append(line)
+                started.set()
+
+
+@contextmanager
+def streaming(url: str, count: int, **body) -> Iterator[list[list[str]]]:
+    """`count` streams under way; at the end of the block they are over."""
+    started = [threading.Event() for _ in range(count)]
+    lines: list[list[str]] = [[] for _ in range(count)]
+    threads = [
+        threading.Thread(target=stream, args=(url, event, own), kwargs=body)
+        for event, own in zip(started, lines, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for event in started:
+        assert event.wait(30)
+    yield lines
+    for thread in threads:
+        thread.join(60)
+
+
+def test_live_streams_finish_after_sigterm(tmp_path):
+    with serving(tmp_path / "data") as server:
+        with streaming(server.url, 8, max_tokens=400) as lines:
+            assert server.stop() == 0
+        for own in lines:
+            assert own[-1] == "data: [DONE]"
+            assert json.loads(own[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_streams_that_take_too_long_end_with_an_error(tmp_path):
+    with serving(tmp_path / "data", LORAPLEX_SHUTDOWN_TIMEOUT="0") as server:
+        with streaming(server.url, 2, max_tokens=1000, prompt="a") as lines:
+            assert server.stop() == 0
+        for own in lines:
+            assert own[-1] == "data: [DONE]"
+            error = json.loads(own[-2].removeprefix("data: ")).get("error")
+            assert error is None or error["message"] == "The server is shutting down."
+        assert any("error" in own[-2] for own in lines)
+        assert "Traceback" not in server.log.read_text()
+
+
+DYING = """
+import sys
+from loraplex.config import prepare_process
+prepare_process()
+from loraplex.engine import runner
+real, count = runner.ModelRunner.execute, 0
+def fail(self, batch):
+    raise RuntimeError("injected")
+runner.ModelRunner.execute = fail
+from loraplex.cli import main
+sys.argv[0] = "loraplex"
+main()
+"""
+
+
+def test_a_dead_engine_ends_the_process(tmp_path):
+    with serving(tmp_path / "data", command=(sys.executable, "-c", DYING)) as server:
+        for _ in range(2):
+            assert httpx2.post(server.url + "/v1/completions", json=BODY).status_code == 500
+        assert httpx2.post(server.url + "/v1/completions", json=BODY).status_code == 503
+        assert server.process.wait(60) == 1
+        log = server.log.read_text()
+        assert "engine died" in log
+        assert "the queen" not in log  # no prompts in logs, in tracebacks neither
