@@ -16,6 +16,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
 from loraplex.engine.runner import ModelRunner
 from loraplex.errors import StartupError
+from loraplex.lora.reader import WeightOf
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
@@ -82,8 +83,8 @@ class EngineInfo:
         return getattr(torch, self.dtype).itemsize
 
 
-MakeReader = Callable[[Mapping[str, ModuleShape], torch.dtype], ReadAdapter]
-"""(targets, compute dtype) -> the function that reads an adapter by digest."""
+MakeReader = Callable[[Mapping[str, ModuleShape], torch.dtype, WeightOf], ReadAdapter]
+"""(targets, compute dtype, the base's weight by module) -> the function that reads an adapter by digest."""
 
 
 def build_engine(
@@ -127,7 +128,7 @@ def assemble_engine(
     if warm_up is not None:
         warm_up(base.dtype)
     proof = prove(runner, reference)
-    engine = Engine(runner, make_reader(base.targets, base.dtype), wake)
+    engine = Engine(runner, make_reader(base.targets, base.dtype, base.weight_of), wake)
     info = EngineInfo(
         config=config,
         targets=base.targets,
