@@ -21,6 +21,7 @@ from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
 from loraplex.model.loader import BaseModel, load_base, measure_geometry
+from loraplex.model.support import check_length, freeze_rope
 
 DEFAULT_MAX_MODEL_LEN = 8192
 
@@ -108,6 +109,8 @@ def assemble_engine(
 ) -> tuple[Engine, EngineInfo]:
     """An engine around a base that is in memory already."""
     max_model_len = _max_model_len(spec, base)
+    check_length(base.config, max_model_len)
+    freeze_rope(base.model, max_model_len)
     # The proof's two sequences must fit the cache side by side; the smallest cache holds one full sequence.
     reference = make_reference(base.model, base.vocab_size, min(61, max_model_len // 2 - spec.block_size))
     geometry = measure_geometry(base.model)

@@ -83,6 +83,9 @@ def wrap_model(
     config: PretrainedConfig = model.config  # type: ignore[assignment]
     check_config(config)
     model = model.eval().requires_grad_(False).to(device)
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        # the grouped product of experts gives a row other bits in another batch; the batched one does not
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     eos = {
         token
         for source in (config, generation)

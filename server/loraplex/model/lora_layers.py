@@ -13,6 +13,9 @@ from loraplex.model.linear import Product, make_product
 from loraplex.model.step_context import StepContext
 from loraplex.ops import ModulePool, Ops
 
+# Exactly these: a subclass (a router, say) may answer something else than x·Wᵀ + b.
+_LINEARS = (nn.Linear, Conv1D)
+
 Vectors = tuple[Tensor | None, Tensor | None]
 """Gain and shift of one module in one place, [out_features] each; see `lora.weights`."""
 
@@ -97,7 +100,7 @@ def lora_targets(model: nn.Module) -> dict[str, ModuleShape]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     targets = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if type(module) in _LINEARS and module is not head:
             out_features, in_features = weight_and_bias(module)[0].shape
             targets[name] = ModuleShape(name, in_features, out_features)
     return targets
@@ -112,7 +115,7 @@ def wrap_linears(
 ) -> None:
     """Replace every module in `pools` by a LoRALinear, and every other linear by a BaseLinear, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D):
+        if type(module) in _LINEARS:
             pool = pools.get(name)
             layer = BaseLinear(module) if pool is None else LoRALinear(module, pool, vectors[name], context, ops)
             parent_name, _, attribute = name.rpartition(".")
