@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import tiny
 from loraplex.engine.config import EngineConfig
@@ -18,6 +19,7 @@ from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.lora.weights import LoRAWeights
 from loraplex.model.loader import BaseModel, measure_geometry, wrap_model
+from loraplex.model.support import freeze_rope
 from loraplex.ops import select_ops
 
 EOS = 2
@@ -102,15 +104,22 @@ def resized(config: EngineConfig, **sizes) -> EngineConfig:
 def make_world(
     model_type: str = "llama", dtype: torch.dtype = torch.float32, ops=None, seed: int = 0, **sizes
 ) -> World:
-    model = tiny.make_model(model_type, seed=seed, dtype=dtype)
+    return make_world_of(tiny.make_model(model_type, seed=seed, dtype=dtype), model_type, ops, **sizes)
+
+
+def make_world_of(model: PreTrainedModel, model_type: str, ops=None, **sizes) -> World:
+    """A world around a model that is in memory; runs the proof at load."""
     original = copy.deepcopy(model)
     base = wrap_model(model)
+    config = make_config(**sizes)
+    for one in (original, base.model):
+        freeze_rope(one, config.max_model_len)
     ops = ops or select_ops("cpu")
     if hasattr(ops, "warm_up"):
-        ops.warm_up(dtype)
+        ops.warm_up(base.dtype)
     reference = make_reference(base.model, base.vocab_size)
     geometry = measure_geometry(base.model)
-    runner = RecordingRunner(base, geometry, make_config(**sizes), ops)
+    runner = RecordingRunner(base, geometry, config, ops)
     runner.recorded = {}
     proof = prove(runner, reference)
     runner.recorded = {}

@@ -47,6 +47,11 @@ def make_model(
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return sharpen(model).to(dtype)
+
+
+def sharpen(model: PreTrainedModel) -> PreTrainedModel:
+    """Redraw the weights of a random model in place, so that its logits spread and seldom come close."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -57,7 +62,7 @@ def make_model(
                     parameter.mul_(torch.randn(VOCAB, 1).mul(0.7).exp())
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:

@@ -103,7 +103,9 @@ class Service:
             def make_engine(wake: Callable[[], None]):
                 return build_engine(
                     spec,
-                    lambda targets, dtype: AdapterReader(store.blobs, targets, dtype, spec.max_lora_rank).read,
+                    lambda targets, dtype, weight_of: (
+                        AdapterReader(store.blobs, targets, dtype, spec.max_lora_rank, weight_of).read
+                    ),
                     wake,
                 )
 

@@ -88,7 +88,7 @@ def test_a_header_of_640_bytes_is_no_pickle(tmp_path: Path):
         ({"a": entry([2, 4], 0, "I32", 32)}, "I32"),
         ({"a": entry([4], 0, "F64", 32)}, "F64"),
         ({"a": entry([2, 4], 0, "F8_E4M3", 8)}, "F8_E4M3"),
-        ({"a": entry([8], 0)}, "two sizes"),
+        ({"a": entry([], 0, "F32", 4)}, "two sizes"),
         ({"a": entry([2, 2, 2], 0)}, "two sizes"),
         ({"a": entry([1] * 100_000, 0)}, "two sizes"),
         ({"a": entry([0, 4], 0), "b": entry([2, 4], 0)}, "above 0"),

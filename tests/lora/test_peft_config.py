@@ -72,8 +72,6 @@ def test_ignored_fields_are_told_with_a_reason(field: str):
     [
         ("bias", "all"),
         ("bias", "lora_only"),
-        ("lora_bias", True),
-        ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["experts.gate_up_proj"]),

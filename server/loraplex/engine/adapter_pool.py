@@ -5,10 +5,12 @@ places]; every LoRA layer sees its row as a `ModulePool`. Written only by the ru
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from loraplex.lora.weights import LoRAWeights, ModuleShape
+from loraplex.model.lora_layers import Vectors
 from loraplex.ops import ModulePool
 
 
@@ -21,6 +23,9 @@ class AdapterPool:
         self._slabs: list[torch.Tensor | None] = [None] * num_places
         self._digests: list[str | None] = [None] * num_places
         # Written on the host, so that nothing here waits for the device.
+        self.vectors: dict[str, list[Vectors | None]] = {name: [None] * num_places for name in targets}
+        self._targets = targets
+        self._has_vectors = [False] * num_places
         self._address = torch.zeros(num_places, dtype=torch.int64)
         self._rank = torch.zeros(size, dtype=torch.int32)
         self._offset_a = torch.zeros(size, dtype=torch.int64)
@@ -44,6 +49,7 @@ class AdapterPool:
         """Put an adapter into `place`, over whatever stood there."""
         self.clear(place)
         slab = weights.slab.to(self._device, non_blocking=True)
+        weights = replace(weights, slab=slab)
         self._slabs[place] = slab
         self._digests[place] = weights.digest
         self._address[place] = slab.data_ptr()
@@ -53,15 +59,29 @@ class AdapterPool:
             self._offset_a[row, place] = delta.offset_a
             self._offset_b[row, place] = delta.offset_b
             self._scaling[row, place] = delta.scaling
+        if weights.has_vectors:
+            self._has_vectors[place] = True
+            for name in weights.modules:
+                gain, shift = weights.vectors(self._targets[name])
+                if gain is not None or shift is not None:
+                    self.vectors[name][place] = (gain, shift)
 
     def clear(self, place: int) -> None:
         self._slabs[place] = None
         self._digests[place] = None
         self._address[place] = 0
         self._rank[:, place] = 0
+        if self._has_vectors[place]:
+            self._has_vectors[place] = False
+            for places in self.vectors.values():
+                places[place] = None
 
     def digest_in(self, place: int) -> str | None:
         return self._digests[place]
+
+    def has_vectors(self, place: int) -> bool:
+        """Whether the adapter in `place` has gains or shifts beside its deltas."""
+        return self._has_vectors[place]
 
     def max_rank(self, places: list[int]) -> int:
         """The largest rank of any module of the adapters in `places`."""

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.model.linear import ROW_MULTIPLE
+from loraplex.model.step_context import VectorSegment
 from loraplex.ops import AttentionMetadata, LoRASegments
 
 
@@ -35,6 +37,7 @@ class ForwardBatch:
     positions: Tensor
     attn: AttentionMetadata
     lora: LoRASegments | None
+    vector_segments: tuple[VectorSegment, ...]
     logit_indices: Tensor
     num_logit_rows: int
     rows: tuple[LogitRows, ...]
@@ -58,8 +61,8 @@ class BatchBuffers:
         self._segments = np.zeros((4, num_segments), np.int32)  # start, end, place, offset
         self._scales = np.zeros(num_segments, np.float32)
 
-    def build(self, batch: ScheduledBatch, max_rank_of) -> ForwardBatch:
-        """`max_rank_of(places)`: the largest rank of the adapters in those places."""
+    def build(self, batch: ScheduledBatch, pool: AdapterPool) -> ForwardBatch:
+        """`pool` tells the ranks of the adapters in their places, and which of them have vectors."""
         token = row = 0
         rows = []
         for index, entry in enumerate(batch.entries):
@@ -84,7 +87,7 @@ class BatchBuffers:
             self._tensor(self._input_ids[:padded]).unsqueeze(0),
             self._tensor(self._positions[:padded]).unsqueeze(0),
             attn,
-            self._write_segments(batch, max_rank_of),
+            *self._write_segments(batch, pool),
             self._tensor(self._logit_indices[: _padded(row)]),
             row,
             tuple(rows),
@@ -114,7 +117,10 @@ class BatchBuffers:
         self._logit_indices[row : row + count] = np.arange(token + first - start, token + end - start)
         return LogitRows(row, row + count, first)
 
-    def _write_segments(self, batch: ScheduledBatch, max_rank_of) -> LoRASegments | None:
+    def _write_segments(
+        self, batch: ScheduledBatch, pool: AdapterPool
+    ) -> tuple[LoRASegments | None, tuple[VectorSegment, ...]]:
+        vectors: list[VectorSegment] = []
         count = token = num_rows = 0
         entry_index = 0
         entries = batch.entries
@@ -129,12 +135,18 @@ class BatchBuffers:
                 self._scales[count] = use.scale
                 num_rows += end - token
                 count += 1
+                if pool.has_vectors(place):
+                    # A gain acts on the base's whole product, so it has no meaning in a sum of adapters.
+                    assert len(composition) == 1, "an adapter with DoRA or lora_bias runs alone"
+                    assert use.scale == 1.0, "an adapter with DoRA or lora_bias runs at scale 1"
+                    vectors.append((token, end, place))
             token = end
         if count == 0:
-            return None
+            return None, ()
         start, end_, place, offset = (self._tensor(self._segments[i, :count]) for i in range(4))
-        max_rank = max_rank_of(self._segments[2, :count].tolist())
-        return LoRASegments(start, end_, place, self._tensor(self._scales[:count]), offset, num_rows, max_rank)
+        max_rank = pool.max_rank(self._segments[2, :count].tolist())
+        scales = self._tensor(self._scales[:count])
+        return LoRASegments(start, end_, place, scales, offset, num_rows, max_rank), tuple(vectors)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

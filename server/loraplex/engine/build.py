@@ -16,10 +16,12 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
 from loraplex.engine.runner import ModelRunner
 from loraplex.errors import StartupError
+from loraplex.lora.reader import WeightOf
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
 from loraplex.model.loader import BaseModel, load_base, measure_geometry
+from loraplex.model.support import check_length, freeze_rope
 
 DEFAULT_MAX_MODEL_LEN = 8192
 
@@ -82,8 +84,8 @@ class EngineInfo:
         return getattr(torch, self.dtype).itemsize
 
 
-MakeReader = Callable[[Mapping[str, ModuleShape], torch.dtype], ReadAdapter]
-"""(targets, compute dtype) -> the function that reads an adapter by digest."""
+MakeReader = Callable[[Mapping[str, ModuleShape], torch.dtype, WeightOf], ReadAdapter]
+"""(targets, compute dtype, the base's weight by module) -> the function that reads an adapter by digest."""
 
 
 def build_engine(
@@ -107,6 +109,8 @@ def assemble_engine(
 ) -> tuple[Engine, EngineInfo]:
     """An engine around a base that is in memory already."""
     max_model_len = _max_model_len(spec, base)
+    check_length(base.config, max_model_len)
+    freeze_rope(base.model, max_model_len)
     # The proof's two sequences must fit the cache side by side; the smallest cache holds one full sequence.
     reference = make_reference(base.model, base.vocab_size, min(61, max_model_len // 2 - spec.block_size))
     geometry = measure_geometry(base.model)
@@ -127,7 +131,7 @@ def assemble_engine(
     if warm_up is not None:
         warm_up(base.dtype)
     proof = prove(runner, reference)
-    engine = Engine(runner, make_reader(base.targets, base.dtype), wake)
+    engine = Engine(runner, make_reader(base.targets, base.dtype, base.weight_of), wake)
     info = EngineInfo(
         config=config,
         targets=base.targets,

@@ -39,7 +39,7 @@ class ModelRunner:
         self.cache = KVCache(dict(geometry), config.num_blocks, config.block_size, base.dtype, base.device)
         self.pool = AdapterPool(base.targets, config.max_loras, base.device)
         self._context = StepContext()
-        wrap_linears(base.model, self.pool.modules, self._context, self.ops)
+        wrap_linears(base.model, self.pool.modules, self.pool.vectors, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)
         self._sampler = Sampler(config.eos_token_ids)
 
@@ -52,14 +52,14 @@ class ModelRunner:
         """One step: adapters into their places, one forward pass for all rows, sampling. One result per entry."""
         for place, weights in batch.adapter_loads:
             self.pool.load(place, weights)
-        forward = self._buffers.build(batch, self.pool.max_rank)
+        forward = self._buffers.build(batch, self.pool)
         logits, _ = self.forward(forward)
         return self._results(batch, forward.rows, logits)
 
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, PagedStep]:
         """Logits float32 [R, V] of the rows that need them, and the step as the attention layers saw it."""
         step = PagedStep(self.ops, self.cache, batch.attn)
-        with self._context.running(batch.lora):
+        with self._context.running(batch.lora, batch.vector_segments):
             output = self.base.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.positions,
@@ -74,7 +74,7 @@ class ModelRunner:
         """The forward pass of a step without sampling, for proofs and tests."""
         for place, weights in batch.adapter_loads:
             self.pool.load(place, weights)
-        forward = self._buffers.build(batch, self.pool.max_rank)
+        forward = self._buffers.build(batch, self.pool)
         logits, step = self.forward(forward)
         return logits, step, forward.rows
 

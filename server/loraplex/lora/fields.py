@@ -24,6 +24,8 @@ UNDERSTOOD = frozenset(
         "layers_to_transform",
         "layers_pattern",
         "fan_in_fan_out",
+        "use_dora",
+        "lora_bias",
         "init_lora_weights",
         "auto_mapping",
         "base_model_name_or_path",
@@ -63,8 +65,6 @@ _NO_CODE = Refusal("it names code to import, and an adapter's code is never run"
 REFUSED: Mapping[str, Refusal] = MappingProxyType(
     {
         "bias": Refusal("trained biases of the base are not served yet", f"{_RETRAIN} (bias='none')"),
-        "lora_bias": Refusal("a bias of B is not served yet", f"{_RETRAIN} (lora_bias=False)"),
-        "use_dora": Refusal("DoRA's magnitudes are not served yet", _MERGE_BASE),
         "modules_to_save": Refusal("whole trained modules beside the LoRA are not served yet", _MERGE_BASE),
         "trainable_token_indices": Refusal("replaced rows of the embedding are not served yet", _MERGE_BASE),
         "target_parameters": Refusal("LoRA on bare parameters (MoE experts) is not served yet", _MERGE_BASE),

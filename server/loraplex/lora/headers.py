@@ -40,10 +40,10 @@ _CONVERT = (
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One matrix: its safetensors dtype, shape (rows, columns), and first byte, counted from the data's."""
+    """One matrix or vector: its safetensors dtype, shape, and first byte, counted from the data's."""
 
     dtype: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     offset: int
 
     @property
@@ -170,9 +170,12 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
             raise _invalid(f"its entry for {shown(name, 160)} is not dtype, shape and data_offsets")
     if dtype not in DTYPE_BYTES:
         raise _invalid(f"{shown(name, 160)} is of type {shown(dtype)}, and adapters are F32, F16 or BF16")
-    if len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
-        raise _invalid(f"{shown(name, 160)} has the shape {shown(shape)}, and LoRA matrices have two sizes above 0")
-    info = TensorInfo(dtype, (shape[0], shape[1]), begin)
+    if len(shape) not in (1, 2) or not all(type(size) is int and size > 0 for size in shape):
+        raise _invalid(
+            f"{shown(name, 160)} has the shape {shown(shape)}, and an adapter's matrices and vectors have two sizes or "
+            "one, above 0"
+        )
+    info = TensorInfo(dtype, tuple(shape), begin)
     if begin < 0 or end - begin != info.nbytes:
         raise _invalid(
             f"{shown(name, 160)} of shape {shown(shape)} and type {dtype} needs {shown(info.nbytes)} bytes, "

@@ -27,7 +27,7 @@ _AUTO_MAPPING_KEYS = frozenset({"base_model_class", "parent_library", "unsloth_f
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """A plain LoRA for a causal language model.
+    """A LoRA for a causal language model: plain, with DoRA's magnitudes, or with biases of B.
 
     `target_modules` is a tuple of names, a regular expression, or "all-linear"; `exclude_modules` a tuple or
     an expression; `layers_to_transform` None for all. `base_model` is the writer's word for its base, a hint
@@ -45,6 +45,8 @@ class PeftConfig:
     layers_to_transform: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     fan_in_fan_out: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
     base_model: str | None = None
     ignored: tuple[tuple[str, str], ...] = ()
 
@@ -133,6 +135,8 @@ class _Reader:
             layers_to_transform=self._layers(),
             layers_pattern=self._layers_pattern(),
             fan_in_fan_out=self._flag("fan_in_fan_out"),
+            use_dora=self._flag("use_dora"),
+            lora_bias=self._flag("lora_bias"),
             base_model=self._hint("base_model_name_or_path"),
             ignored=self._ignored(),
         )
@@ -141,6 +145,11 @@ class _Reader:
                 "adapter_config.json sets layers_to_transform or layers_pattern beside a target_modules "
                 "that is a string; PEFT refuses that too. Put the layers into the expression, or write "
                 "target_modules as a list."
+            )
+        if config.use_dora and config.lora_bias:
+            raise _invalid(
+                "adapter_config.json sets 'use_dora' and 'lora_bias' together; PEFT refuses that too. "
+                "Train it with one of them."
             )
         if config.layers_pattern and config.layers_to_transform is None:
             raise _invalid(

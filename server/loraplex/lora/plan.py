@@ -21,13 +21,24 @@ from loraplex.lora.weights import ModuleShape, slab_numel
 MAX_SCALING = 1024.0
 
 _PREFIX = "base_model.model."
-# base_model.model.<module>.lora_A[.<adapter name>].weight
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])(\.(?P<adapter>[^.]+))?\.weight")
+# base_model.model.<module>.lora_A[.<adapter name>].weight; the adapter's name is matched only if there must be one
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B|magnitude_vector)"
+    r"(\.(?P<adapter>[^.]+))??(\.(?P<kind>weight|bias))?"
+)
+# part and kind of a key -> what it is of its module; anything else is not PEFT's spelling
+_PARTS = {
+    ("A", "weight"): "A",
+    ("B", "weight"): "B",
+    ("B", "bias"): "bias",
+    ("magnitude_vector", "weight"): "magnitude",
+    ("magnitude_vector", None): "magnitude",
+}
+_LABELS = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector", "bias": "lora_B.bias"}
+_FIELDS = {"magnitude": "use_dora", "bias": "lora_bias"}
 _NOT_SERVED = (
     (re.compile(r"\.lora_embedding_[AB](\.|$)"), "a LoRA on an embedding is not served yet"),
-    (re.compile(r"\.lora_magnitude_vector(\.|$)"), "DoRA is not served yet"),
     (re.compile(r"\.base_layer\."), "copies of the base's own weights are not served yet"),
-    (re.compile(r"\.lora_[AB](\.[^.]+)?\.bias$"), "a bias of a LoRA matrix is not served yet"),
     (re.compile(r"\.modules_to_save\."), "whole trained modules are not served yet"),
     (re.compile(r"\.token_adapter\.|\.trainable_tokens_"), "trained token rows are not served yet"),
 )
@@ -35,13 +46,20 @@ _NOT_SERVED = (
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """One module's LoRA: A is the tensor `key_a` [rank, in_features], B is `key_b` [out_features, rank]."""
+    """One module's LoRA: A is the tensor `key_a` [rank, in_features], B is `key_b` [out_features, rank]. With DoRA
+    `key_magnitude` and with lora_bias `key_bias` are vectors [out_features]."""
 
     shape: ModuleShape
     rank: int
     scaling: float
     key_a: str
     key_b: str
+    key_magnitude: str | None = None
+    key_bias: str | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(key for key in (self.key_a, self.key_b, self.key_magnitude, self.key_bias) if key is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +76,28 @@ class AdapterPlan:
     @property
     def numel(self) -> int:
         """Elements of the slab."""
-        return slab_numel((module.shape, module.rank) for module in self.modules.values())
+        vectors = sum((len(module.keys) - 2) * module.shape.out_features for module in self.modules.values())
+        return vectors + slab_numel((module.shape, module.rank) for module in self.modules.values())
 
 
 def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> AdapterPlan:
     """Match the file's tensors to the base's `targets`. Raises AdapterInvalid naming what is amiss."""
-    halves = _halves(header)
+    parts = _parts(header)
     rules = config.rules()
     selected = [name for name in targets if rules.selects(name)]
-    _check_modules(halves, selected, targets)
+    wanted = {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
+    _check_modules(parts, selected, targets, wanted)
     modules: dict[str, ModulePlan] = {}
     for name in selected:
+        keys = parts[name]
         module = ModulePlan(
-            targets[name], rules.rank_of(name), rules.scaling_of(name), halves[name]["A"], halves[name]["B"]
+            targets[name],
+            rules.rank_of(name),
+            rules.scaling_of(name),
+            keys["A"],
+            keys["B"],
+            keys.get("magnitude"),
+            keys.get("bias"),
         )
         _check_shapes(module, header.tensors)
         _check_scaling(module)
@@ -89,20 +116,21 @@ def _refused(message: str) -> AdapterInvalid:
     return AdapterInvalid(message, param="weights")
 
 
-def _halves(header: SafetensorsHeader) -> dict[str, dict[str, str]]:
-    """The file's keys by module name and half ("A" or "B")."""
-    halves: dict[str, dict[str, str]] = {}
+def _parts(header: SafetensorsHeader) -> dict[str, dict[str, str]]:
+    """The file's keys by module name and part ("A", "B", "magnitude", "bias")."""
+    parts: dict[str, dict[str, str]] = {}
     adapters: set[str | None] = set()
     for key in header.tensors:
         # torch.compile puts _orig_mod. in front of whatever was compiled
         found = _KEY.fullmatch(key.replace("_orig_mod.", ""))
-        if found is None:
+        part = None if found is None else _PARTS.get((found["part"], found["kind"]))
+        if found is None or part is None:
             raise _refused(_why_unknown(key))
-        other = halves.setdefault(found["module"], {}).setdefault(found["half"], key)
+        other = parts.setdefault(found["module"], {}).setdefault(part, key)
         if other != key:
             raise _refused(
-                f"The tensors {shown(other, 160)} and {shown(key, 160)} are both lora_{found['half']} of "
-                "one module. Save one adapter a file."
+                f"The tensors {shown(other, 160)} and {shown(key, 160)} are both {_LABELS[part]} of one module. "
+                "Save one adapter a file."
             )
         adapters.add(found["adapter"])
     if len(adapters) > 1:
@@ -110,7 +138,7 @@ def _halves(header: SafetensorsHeader) -> dict[str, dict[str, str]]:
             f"The file mixes tensors of several adapters ({listed(sorted(map(str, adapters)))}). "
             "Save one adapter a file with PEFT's save_pretrained."
         )
-    return halves
+    return parts
 
 
 def _why_unknown(key: str) -> str:
@@ -124,9 +152,11 @@ def _why_unknown(key: str) -> str:
     )
 
 
-def _check_modules(halves: dict[str, dict[str, str]], selected: list[str], targets: Mapping[str, ModuleShape]) -> None:
+def _check_modules(
+    parts: dict[str, dict[str, str]], selected: list[str], targets: Mapping[str, ModuleShape], wanted: set[str]
+) -> None:
     chosen = set(selected)
-    for name, keys in halves.items():
+    for name, keys in parts.items():
         key = next(iter(keys.values()))
         if name not in targets:
             raise _refused(_why_no_target(name, key, targets))
@@ -136,12 +166,17 @@ def _check_modules(halves: dict[str, dict[str, str]], selected: list[str], targe
                 "target_modules, exclude_modules or layers_to_transform), so PEFT would leave it out. "
                 "Send the config and the weights of one save_pretrained."
             )
-        if missing := {"A", "B"} - keys.keys():
+        if surplus := sorted(keys.keys() - wanted):
             raise _refused(
-                f"The tensor {shown(key, 160)} lacks its other half, lora_{missing.pop()} of "
-                f"{shown(name, 160)}. Save the adapter again; both are needed."
+                f"The tensor {shown(keys[surplus[0]], 160)} is there, and adapter_config.json does not set "
+                f"{_FIELDS[surplus[0]]}. Send the config and the weights of one save_pretrained."
             )
-    if lacking := [name for name in selected if name not in halves]:
+        if missing := sorted(wanted - keys.keys()):
+            raise _refused(
+                f"The module {shown(name, 160)} has {shown(key, 160)} and lacks {_LABELS[missing[0]]}. Save the "
+                "adapter again with its adapter_config.json; both are needed."
+            )
+    if lacking := [name for name in selected if name not in parts]:
         raise _refused(
             f"adapter_config.json selects {listed(lacking)}, and the file has no tensors for that. "
             "Send the config and the weights of one save_pretrained."
@@ -168,8 +203,10 @@ def _check_shapes(module: ModulePlan, tensors: Mapping[str, TensorInfo]) -> None
     for key, expected in (
         (module.key_a, (module.rank, module.shape.in_features)),
         (module.key_b, (module.shape.out_features, module.rank)),
+        (module.key_magnitude, (module.shape.out_features,)),
+        (module.key_bias, (module.shape.out_features,)),
     ):
-        if tensors[key].shape != expected:
+        if key is not None and tensors[key].shape != expected:
             raise _refused(
                 f"The tensor {shown(key, 160)} has the shape {list(tensors[key].shape)}; rank {module.rank} "
                 f"on this base needs {list(expected)}. Check r and rank_pattern, and that the adapter was "

@@ -9,8 +9,8 @@ Reading, hashing and converting let other threads run.
 
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,9 @@ from loraplex.lora.peft import PeftConfig
 from loraplex.lora.plan import AdapterPlan, plan
 from loraplex.lora.text import shown
 from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
+
+WeightOf = Callable[[str], torch.Tensor]
+"""Name of a LoRA module -> the base's weight [out_features, in_features]."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -67,12 +70,21 @@ class Checked:
 class AdapterReader:
     """Reads the adapters below `root` (one folder a digest) for a base with these `targets`.
 
-    `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank. Holds no state between
-    calls, so any number of threads may share it.
+    `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank, `weight_of` gives the base's
+    weight [out, in] of a module, which DoRA's norms are of (not needed to `check`). Holds no state between calls, so
+    any number of threads may share it.
     """
 
-    def __init__(self, root: Path, targets: Mapping[str, ModuleShape], dtype: torch.dtype, max_rank: int):
+    def __init__(
+        self,
+        root: Path,
+        targets: Mapping[str, ModuleShape],
+        dtype: torch.dtype,
+        max_rank: int,
+        weight_of: WeightOf | None = None,
+    ):
         self._root = root
+        self._weight_of = weight_of
         self._targets = targets
         self._dtype = dtype
         self._max_rank = max_rank
@@ -87,7 +99,8 @@ class AdapterReader:
                 raise AdapterInvalid("its files no longer have the recorded SHA-256: the disk or someone changed them")
             header = parse_header(bytes(data[: 8 + MAX_HEADER_BYTES]), len(data))
             adapter_plan = self.plan(PeftConfig.from_bytes(bytes(config_bytes)), header)
-            return _pack(digest, adapter_plan, header, data, self._dtype)
+            pairs = [self._finished(pair) for pair in _pairs(adapter_plan, header, data)]
+            return pack(digest, pairs, self._dtype)
         except (OSError, LoraplexError, MemoryError) as cause:
             why = cause.message if isinstance(cause, LoraplexError) else f"{type(cause).__name__}: {cause}"
             raise AdapterLoadFailed(
@@ -105,7 +118,7 @@ class AdapterReader:
         adapter_plan = self.plan(config, header)
         data = _read_file(folder / WEIGHTS_NAME)
         digest = _digest_of(config_bytes, data)
-        weights = _pack(digest, adapter_plan, header, data, self._dtype)
+        weights = pack(digest, _pairs(adapter_plan, header, data), self._dtype)
         check_values(weights, adapter_plan)
         dtypes = {info.dtype for info in header.tensors.values()}
         return Checked(config, adapter_plan, weights, "+".join(sorted(dtypes)), len(config_bytes) + len(data))
@@ -121,13 +134,36 @@ class AdapterReader:
             )
         return result
 
+    def _finished(self, pair: LoRAPair) -> LoRAPair:
+        """`pair` with DoRA's magnitudes turned into gains: gain = m / ‖W + scaling · B·A‖ over each output's row, and
+        B multiplied by it (Liu et al. 2024, eq. 5, as PEFT's DoraLinearLayer computes it; in float32)."""
+        if pair.gain is None:
+            return pair
+        if self._weight_of is None:
+            raise AdapterInvalid("DoRA needs the base's weights, and this reader has none")
+        a, b = pair.a.float(), pair.b.float()
+        weight = self._weight_of(pair.shape.name)
+        norm = torch.linalg.vector_norm(weight.float().cpu() + pair.scaling * (b @ a), dim=1)
+        gain = pair.gain.float() / norm
+        if not bool(torch.isfinite(gain).all()):
+            raise AdapterInvalid(f"DoRA's gain of {pair.shape.name} is not finite: a row of the changed weight is zero")
+        return replace(pair, a=a, b=gain.unsqueeze(1) * b, gain=gain)
+
 
 def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan) -> None:
     """Raise AdapterInvalid for a NaN or infinity (naming its tensor), and for an adapter without effect."""
     effect = False
     for module in adapter_plan.modules.values():
         a, bt = weights.a(module.shape), weights.bt(module.shape)
-        for key, matrix in ((module.key_a, a), (module.key_b, bt)):
+        gain, shift = weights.vectors(module.shape)
+        for key, matrix in (
+            (module.key_a, a),
+            (module.key_b, bt),
+            (module.key_magnitude, gain),
+            (module.key_bias, shift),
+        ):
+            if key is None or matrix is None:
+                continue
             if not bool(torch.isfinite(matrix).all()):
                 raise AdapterInvalid(
                     f"The tensor {shown(key, 160)} holds NaN or infinity in "
@@ -164,19 +200,26 @@ def _read_file(path: Path, limit: int | None = None) -> memoryview:
     return data
 
 
-def _pack(
-    digest: str, adapter_plan: AdapterPlan, header: SafetensorsHeader, data: memoryview, dtype: torch.dtype
-) -> LoRAWeights:
-    pairs = (
-        LoRAPair(
-            module.shape,
-            _tensor(header.tensors[module.key_a], header.data_start, data),
-            _tensor(header.tensors[module.key_b], header.data_start, data),
-            module.scaling,
+def _pairs(adapter_plan: AdapterPlan, header: SafetensorsHeader, data: bytearray) -> list[LoRAPair]:
+    """The file's tensors by module. DoRA's magnitudes stand where the gains will be."""
+
+    def tensor(key: str | None) -> torch.Tensor | None:
+        return None if key is None else _tensor(header.tensors[key], header.data_start, data)
+
+    pairs = []
+    for module in adapter_plan.modules.values():
+        bias = tensor(module.key_bias)
+        pairs.append(
+            LoRAPair(
+                module.shape,
+                _tensor(header.tensors[module.key_a], header.data_start, data),
+                _tensor(header.tensors[module.key_b], header.data_start, data),
+                module.scaling,
+                gain=tensor(module.key_magnitude),
+                shift=None if bias is None else module.scaling * bias.float(),
+            )
         )
-        for module in adapter_plan.modules.values()
-    )
-    return pack(digest, pairs, dtype)
+    return pairs
 
 
 def _tensor(info: TensorInfo, data_start: int, data: memoryview) -> torch.Tensor:

@@ -3,7 +3,12 @@
 The whole adapter is one flat slab. For a module of rank r, A is stored row-major as [r, in_features] and B
 transposed ("rank-major") as [r, out_features], so that expand walks contiguous rows:
 
-    slab: | A_0 | Bt_0 | A_1 | Bt_1 | ...        ModuleDelta.offset_a / offset_b index its elements
+    slab: | A_0 | Bt_0 | A_1 | Bt_1 | gain_1 | shift_1 | ...     ModuleDelta's offsets index its elements
+
+What is no delta is kept as vectors of a module, [out_features] each, applied in this order (b: the base's bias):
+
+    gain    y = b + gain · (y - b)     DoRA's magnitude over its norm (Liu et al. 2024, eq. 5); B carries it, too
+    shift   y = y + shift              `lora_bias`: scaling times the bias of B
 
 ΔW = scaling · B · A with scaling = alpha / r, or alpha / sqrt(r) for rsLoRA (Hu et al. 2021, eq. 3;
 Kalajdzievski 2023); scaling is kept apart, not folded, so that the slab holds the file's own values.
@@ -26,12 +31,15 @@ class ModuleShape:
 
 @dataclass(frozen=True, slots=True)
 class ModuleDelta:
-    """Where one module's A [rank, in] and Bt [rank, out] start in the slab (in elements), and its scaling."""
+    """Where one module's A [rank, in] and Bt [rank, out] start in the slab (in elements), and its scaling.
+    -1: the module has no such vector."""
 
     rank: int
     scaling: float
     offset_a: int
     offset_b: int
+    offset_gain: int = -1
+    offset_shift: int = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,11 +58,25 @@ class LoRAWeights:
     def max_rank(self) -> int:
         return max((delta.rank for delta in self.modules.values()), default=0)
 
+    @property
+    def has_vectors(self) -> bool:
+        """Whether any module has a gain or a shift beside its delta."""
+        return any(max(delta.offset_gain, delta.offset_shift) >= 0 for delta in self.modules.values())
+
     def a(self, shape: ModuleShape) -> torch.Tensor:
         """A of `shape`, a view [rank, in_features]."""
         delta = self.modules[shape.name]
         end = delta.offset_a + delta.rank * shape.in_features
         return self.slab[delta.offset_a : end].view(delta.rank, shape.in_features)
+
+    def vectors(self, shape: ModuleShape) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gain and shift of `shape`, views [out_features], None where it has none."""
+        delta = self.modules[shape.name]
+        gain, shift = (
+            self.slab[offset : offset + shape.out_features] if offset >= 0 else None
+            for offset in (delta.offset_gain, delta.offset_shift)
+        )
+        return gain, shift
 
     def bt(self, shape: ModuleShape) -> torch.Tensor:
         """B transposed of `shape`, a view [rank, out_features]."""
@@ -65,29 +87,45 @@ class LoRAWeights:
 
 @dataclass(frozen=True, slots=True)
 class LoRAPair:
-    """One module's matrices as PEFT names them: a [rank, in_features], b [out_features, rank]."""
+    """One module's matrices as PEFT names them: a [rank, in_features], b [out_features, rank]; with a `gain`, b is
+    multiplied by it already. Vectors are [out_features]."""
 
     shape: ModuleShape
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
+    gain: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        vectors = (vector for vector in (self.gain, self.shift) if vector is not None)
+        return self.a.numel() + self.b.numel() + sum(vector.numel() for vector in vectors)
 
 
 def slab_numel(ranks: Iterable[tuple[ModuleShape, int]]) -> int:
-    """Elements of the slab that holds modules of these ranks."""
+    """Elements of the A and B of modules of these ranks."""
     return sum(rank * (shape.in_features + shape.out_features) for shape, rank in ranks)
 
 
 def pack(digest: str, pairs: Iterable[LoRAPair], dtype: torch.dtype) -> LoRAWeights:
     """Copy `pairs` into one new slab of `dtype` (one rounding per value)."""
     pairs = list(pairs)
-    slab = torch.empty(slab_numel((pair.shape, pair.a.shape[0]) for pair in pairs), dtype=dtype)
+    slab = torch.empty(sum(pair.numel for pair in pairs), dtype=dtype)
     modules: dict[str, ModuleDelta] = {}
-    offset = 0
+    end = 0
+
+    def put(matrix: torch.Tensor | None) -> int:
+        """Append `matrix` row by row; returns where it starts, -1 for None."""
+        nonlocal end
+        if matrix is None:
+            return -1
+        start, end = end, end + matrix.numel()
+        slab[start:end].view(matrix.shape).copy_(matrix)
+        return start
+
     for pair in pairs:
-        rank, size_a, size_b = pair.a.shape[0], pair.a.numel(), pair.b.numel()
-        modules[pair.shape.name] = ModuleDelta(rank, pair.scaling, offset, offset + size_a)
-        slab[offset : offset + size_a].view(rank, -1).copy_(pair.a)
-        slab[offset + size_a : offset + size_a + size_b].view(rank, -1).copy_(pair.b.T)
-        offset += size_a + size_b
+        modules[pair.shape.name] = ModuleDelta(
+            pair.a.shape[0], pair.scaling, put(pair.a), put(pair.b.T), put(pair.gain), put(pair.shift)
+        )
     return LoRAWeights(digest, slab, modules)

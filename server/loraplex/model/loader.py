@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from loraplex.errors import StartupError
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import GeometryProbe, LayerGeometry, register_attention
-from loraplex.model.lora_layers import lora_targets
+from loraplex.model.lora_layers import base_of, lora_targets, weight_and_bias
 from loraplex.model.support import check_config
 
 
@@ -34,6 +34,10 @@ class BaseModel:
     max_position: int | None
     dtype: torch.dtype
     device: torch.device
+
+    def weight_of(self, name: str) -> Tensor:
+        """The weight [out_features, in_features] of a LoRA module, wrapped or not."""
+        return weight_and_bias(base_of(self.model.get_submodule(name)))[0].detach()
 
     @property
     def vocab_size(self) -> int:
@@ -79,6 +83,9 @@ def wrap_model(
     config: PretrainedConfig = model.config  # type: ignore[assignment]
     check_config(config)
     model = model.eval().requires_grad_(False).to(device)
+    if getattr(model, "_can_set_experts_implementation", lambda: False)():
+        # the grouped product of experts gives a row other bits in another batch; the batched one does not
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     eos = {
         token
         for source in (config, generation)

@@ -3,6 +3,8 @@
 y = x·Wᵀ + b, then y[segment] += scale · (x[segment]·Aᵀ)·Bᵀ. The base's parameters are never written.
 """
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -10,6 +12,12 @@ from loraplex.lora.weights import ModuleShape
 from loraplex.model.linear import Product, make_product
 from loraplex.model.step_context import StepContext
 from loraplex.ops import ModulePool, Ops
+
+# Exactly these: a subclass (a router, say) may answer something else than x·Wᵀ + b.
+_LINEARS = (nn.Linear, Conv1D)
+
+Vectors = tuple[Tensor | None, Tensor | None]
+"""Gain and shift of one module in one place, [out_features] each; see `lora.weights`."""
 
 
 class BaseLinear(nn.Module):
@@ -38,9 +46,12 @@ class BaseLinear(nn.Module):
 class LoRALinear(BaseLinear):
     """A Linear or Conv1D that adds the adapters of the step. x [..., in_features] -> [..., out_features]."""
 
-    def __init__(self, base: nn.Module, pool: ModulePool, context: StepContext, ops: Ops):
+    def __init__(
+        self, base: nn.Module, pool: ModulePool, vectors: Sequence[Vectors | None], context: StepContext, ops: Ops
+    ):
         super().__init__(base)
         self._pool = pool
+        self._vectors = vectors
         self._context = context
         self._ops = ops
 
@@ -49,8 +60,31 @@ class LoRALinear(BaseLinear):
         y = self.product(rows)
         lora = self._context.lora
         if lora is not None:
+            segments = self._context.vector_segments
+            for start, end, place in segments:
+                self._gain(y[start:end], place)
             self._ops.add_lora(y, rows, self._pool, lora)
+            for start, end, place in segments:
+                self._shift(y[start:end], place)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _gain(self, y: Tensor, place: int) -> None:
+        """DoRA: y = b + gain · (y - b), in place, in float32. Acts on the base's product, before the delta."""
+        vectors = self._vectors[place]
+        if vectors is None or vectors[0] is None:
+            return
+        bias = 0 if self.bias is None else self.bias.float()
+        y.copy_(bias + vectors[0].float() * (y.float() - bias))
+
+    def _shift(self, y: Tensor, place: int) -> None:
+        vectors = self._vectors[place]
+        if vectors is not None and vectors[1] is not None:
+            y.add_(vectors[1])
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The base's own module, wrapped or not."""
+    return module.base if isinstance(module, BaseLinear) else module
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -66,17 +100,23 @@ def lora_targets(model: nn.Module) -> dict[str, ModuleShape]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     targets = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+        if type(module) in _LINEARS and module is not head:
             out_features, in_features = weight_and_bias(module)[0].shape
             targets[name] = ModuleShape(name, in_features, out_features)
     return targets
 
 
-def wrap_linears(model: nn.Module, pools: dict[str, ModulePool], context: StepContext, ops: Ops) -> None:
+def wrap_linears(
+    model: nn.Module,
+    pools: Mapping[str, ModulePool],
+    vectors: Mapping[str, Sequence[Vectors | None]],
+    context: StepContext,
+    ops: Ops,
+) -> None:
     """Replace every module in `pools` by a LoRALinear, and every other linear by a BaseLinear, in place."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear | Conv1D):
+        if type(module) in _LINEARS:
             pool = pools.get(name)
-            layer = BaseLinear(module) if pool is None else LoRALinear(module, pool, context, ops)
+            layer = BaseLinear(module) if pool is None else LoRALinear(module, pool, vectors[name], context, ops)
             parent_name, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent_name), attribute, layer)
