@@ -35,8 +35,8 @@ class Oracle:
         a, b = weights.a(shape).float(), weights.bt(shape).float().T
 
         def hook(module, inputs, output):
-            x = inputs[0].float()
-            return output + (scale * delta.scaling * (x @ a.T) @ b.T).to(output.dtype)
+            shrunk = a[inputs[0]] if shape.kind == "embedding" else inputs[0].float() @ a.T
+            return output + (scale * delta.scaling * shrunk @ b.T).to(output.dtype)
 
         return hook
 

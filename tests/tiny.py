@@ -77,12 +77,14 @@ def make_adapter(
     seed: int = 0,
     scaling: float = 2.0,
     only: Iterable[str] | None = None,
+    kinds: Iterable[str] = ("linear",),
     dtype: torch.dtype = torch.float32,
     digest: str | None = None,
 ) -> LoRAWeights:
-    """A random adapter on the targets whose last name part is in `only` (None: all)."""
+    """A random adapter on the targets of these `kinds` whose last name part is in `only` (None: all)."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = [s for n, s in targets.items() if only is None or n.rpartition(".")[2] in set(only)]
+    named = [s for n, s in targets.items() if only is None or n.rpartition(".")[2] in set(only)]
+    chosen = [shape for shape in named if shape.kind in kinds]
     pairs = [
         LoRAPair(
             shape,

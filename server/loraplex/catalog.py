@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 from loraplex.engine.build import EngineInfo
 from loraplex.errors import AdapterConflict, AdapterTooLarge, ModelNotFound
 from loraplex.lora.reader import AdapterReader, Checked
@@ -34,12 +32,14 @@ class Catalogued:
 
 
 class AdapterCatalog:
-    def __init__(self, store: AdapterStore, data_dir: Path, info: EngineInfo, max_lora_rank: int, base_name: str):
+    """`reader` is the engine's own: it compares with the base's weights."""
+
+    def __init__(self, store: AdapterStore, data_dir: Path, info: EngineInfo, reader: AdapterReader, base_name: str):
         self.store = store
         self.registry = Registry(sqlite_url(data_dir / REGISTRY_FILE))
         self._info = info
         self._base_name = base_name
-        self._reader = AdapterReader(store.blobs, info.targets, getattr(torch, info.dtype), max_lora_rank)
+        self._reader = reader
 
     def close(self) -> None:
         self.registry.close()

@@ -3,18 +3,20 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
+import torch
 
 from loraplex.catalog import AdapterCatalog, Catalogued
 from loraplex.config import Settings
+from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.build import EngineInfo, EngineSpec, build_engine
-from loraplex.engine.engine import EngineStats
+from loraplex.engine.engine import Engine, EngineStats
 from loraplex.engine.messages import AdapterUse, Composition, EngineRequest
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import (
@@ -28,10 +30,11 @@ from loraplex.errors import (
     StartupError,
 )
 from loraplex.generation import Generation, OutputOptions
-from loraplex.lora.reader import AdapterReader
+from loraplex.lora.reader import AdapterReader, WeightOf
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
+from loraplex.lora.weights import ModuleShape
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.routing.names import nearest_names, parse_model
 
@@ -99,21 +102,21 @@ class Service:
                 await asyncio.to_thread(AdapterStore, data_dir, max_weights_bytes=int(settings.max_upload_bytes))
             )
             spec = engine_spec(settings, tokenizer)
+            readers: list[AdapterReader] = []
 
-            def make_engine(wake: Callable[[], None]):
-                return build_engine(
-                    spec,
-                    lambda targets, dtype, weight_of: (
-                        AdapterReader(store.blobs, targets, dtype, spec.max_lora_rank, weight_of).read
-                    ),
-                    wake,
-                )
+            def make_reader(targets: Mapping[str, ModuleShape], dtype: torch.dtype, weight_of: WeightOf) -> ReadAdapter:
+                reader = AdapterReader(store.blobs, targets, dtype, spec.max_lora_rank, weight_of)
+                readers.append(reader)
+                return reader.read
+
+            def make_engine(wake: Callable[[], None]) -> tuple[Engine, EngineInfo]:
+                return build_engine(spec, make_reader, wake)
 
             engine = AsyncEngine(make_engine, on_death)
             info = await engine.start()
             stack.push_async_callback(engine.stop)
             catalog = stack.enter_context(
-                await asyncio.to_thread(AdapterCatalog, store, data_dir, info, spec.max_lora_rank, settings.base_name)
+                await asyncio.to_thread(AdapterCatalog, store, data_dir, info, readers[0], settings.base_name)
             )
             service = cls(settings, tokenizer, engine, info, catalog)
             await service._register_folders()

@@ -43,6 +43,8 @@ def shapes(model_type: str) -> dict[str, dict]:
                 "alpha_pattern": {"c_attn": 32},
                 "fan_in_fan_out": True,
             },
+            "head": {"r": 4, "target_modules": ["lm_head"]},
+            "embedding": {"r": 6, "target_modules": ["wte", "c_attn"], "fan_in_fan_out": True},
             "dora": {"r": 4, "use_dora": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
             "lora-bias": {"r": 4, "lora_bias": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True},
         }
@@ -61,6 +63,10 @@ def shapes(model_type: str) -> dict[str, dict]:
             "rank_pattern": {"v_proj": 12, r"layers\.0\..*gate_proj": 2},
             "alpha_pattern": {"q_proj": 1, r"layers\.1\..*v_proj": 64},
         },
+        "head": {"r": 5, "target_modules": ["lm_head"]},
+        "embedding": {"r": 6, "target_modules": ["embed_tokens", "q_proj"]},
+        "both-ends": {"r": 3, "lora_alpha": 9, "target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+        "dora-head": {"r": 4, "use_dora": True, "target_modules": ["lm_head", "o_proj"]},
         "dora": {"r": 8, "use_dora": True, "target_modules": ["q_proj", "o_proj", "down_proj"]},
         "dora-rslora": {"r": 3, "lora_alpha": 2, "use_dora": True, "use_rslora": True, "target_modules": "all-linear"},
         **(biased if model_type == "qwen2" else {}),  # PEFT wants a base with biases for it
@@ -86,28 +92,35 @@ class Peers:
         return self.peft_model(ids).logits[0]
 
 
+def with_adapters(model: nn.Module, configs: dict[str, dict]) -> peft.PeftModel:
+    """`model` with a random adapter of every config."""
+    wrapped = None
+    for name, fields in configs.items():
+        config = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.05, **fields)
+        if wrapped is None:
+            wrapped = peft.get_peft_model(model, config, adapter_name=name)
+        else:
+            wrapped.add_adapter(name, config)
+        for module_name, parameter in wrapped.named_parameters():
+            if f"lora_B.{name}." in module_name or module_name.endswith(f"lora_embedding_A.{name}"):
+                nn.init.normal_(parameter, std=0.3)
+            elif f"lora_magnitude_vector.{name}." in module_name:
+                parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
+    assert wrapped is not None
+    return wrapped.eval()
+
+
 @pytest.fixture(scope="module", params=list(tiny.CONFIGS))
 def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Peers:
     model_type = request.param
     folder: Path = tmp_path_factory.mktemp(model_type)
     world = make_world(model_type)
     torch.manual_seed(1)
-    peft_model = None
-    for name, fields in shapes(model_type).items():
-        config = peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.05, **fields)
-        if peft_model is None:
-            peft_model = peft.get_peft_model(copy.deepcopy(world.reference), config, adapter_name=name)
-        else:
-            peft_model.add_adapter(name, config)
-        for module_name, parameter in peft_model.named_parameters():
-            if f"lora_B.{name}." in module_name:
-                nn.init.normal_(parameter, std=0.3)
-            elif f"lora_magnitude_vector.{name}." in module_name:
-                parameter.data.mul_(1 + 0.3 * torch.randn_like(parameter))
-    assert peft_model is not None
-    peft_model.eval()
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # parity is with what PEFT computes then
         warnings.filterwarnings("ignore", message=".*invalid shape")  # PEFT takes the bias of B for a broken matrix
+        warnings.filterwarnings("ignore", message=".*save_embedding_layers")
+        peft_model = with_adapters(copy.deepcopy(world.reference), shapes(model_type))
         peft_model.save_pretrained(str(folder))
     digests = {}
     with AdapterStore(folder / "store") as store:

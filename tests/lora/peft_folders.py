@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME
-from loraplex.lora.reader import AdapterReader
+from loraplex.lora.reader import AdapterReader, WeightOf
 from loraplex.lora.weights import ModuleShape
 from tiny import make_model
 
@@ -65,8 +65,10 @@ class Adapter:
         save_file(tensors if changed is None else changed, self.folder / WEIGHTS_NAME)
         return self
 
-    def reader(self, dtype: torch.dtype = torch.float32, max_rank: int = 64) -> AdapterReader:
-        return AdapterReader(self.folder.parent, self.base.targets, dtype, max_rank)
+    def reader(
+        self, dtype: torch.dtype = torch.float32, max_rank: int = 64, weight_of: WeightOf | None = None
+    ) -> AdapterReader:
+        return AdapterReader(self.folder.parent, self.base.targets, dtype, max_rank, weight_of)
 
 
 def save_with_peft(base: Base, folder: Path, **config: Any) -> Any:

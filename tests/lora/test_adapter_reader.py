@@ -140,7 +140,7 @@ def test_other_spellings_are_mapped(adapter: Adapter, old: str, new: str):
         ("base_model.model.", "", ["lora_A", "base_model.model.<module>.lora_A.weight"]),
         ("lora_A.weight", "lora_A", ["lora_A", "spelling"]),
         ("lora_", "hada_", ["hada_", "spelling"]),
-        ("lora_", "lora_embedding_", ["lora_embedding_A", "not served yet"]),
+        ("lora_", "lora_embedding_", ["lora_embedding_A", "spelling"]),
         ("lora_B.weight", "lora_magnitude_vector.weight", ["lora_magnitude_vector", "use_dora"]),
         ("lora_B.weight", "base_layer.weight", ["base_layer.weight", "not served yet"]),
         ("lora_A.weight", "lora_B.bias", ["lora_B.bias", "lora_bias"]),
@@ -158,9 +158,64 @@ def test_tensors_that_fit_nothing(adapter: Adapter, old: str, new: str, words: l
         assert word in caught.value.message
 
 
-def test_an_output_embedding(llama: Base, tmp_path: Path):
-    save_with_peft(llama, tmp_path / "adapter", r=2, target_modules=r"lm_head|.*q_proj")
-    check_refuses(Adapter(tmp_path / "adapter", llama), "lm_head.base_layer.weight", "not served yet")
+def save_with_ends(base: Base, folder: Path) -> Adapter:
+    """An adapter on the embedding, the head and q_proj, with PEFT's copies of the base's tensors."""
+    save_with_peft(base, folder, r=2, target_modules=["embed_tokens", "lm_head", "q_proj"])
+    return Adapter(folder, base)
+
+
+def weight_of(base: Base):
+    model = base.model()
+    return lambda name: model.get_submodule(name).weight.detach()
+
+
+def test_embedding_and_head(llama: Base, tmp_path: Path):
+    adapter = save_with_ends(llama, tmp_path / "adapter")
+    checked = adapter.reader(weight_of=weight_of(llama)).check(adapter.folder)
+    embedding, head = llama.targets["model.embed_tokens"], llama.targets["lm_head"]
+    file = adapter.tensors
+    assert torch.equal(checked.weights.a(embedding), file["base_model.model.model.embed_tokens.lora_embedding_A"].T)
+    assert torch.equal(checked.weights.bt(embedding), file["base_model.model.model.embed_tokens.lora_embedding_B"].T)
+    assert torch.equal(checked.weights.a(head), file["base_model.model.lm_head.lora_A.weight"])
+    assert set(checked.plan.copies) == {"model.embed_tokens", "lm_head"}
+    assert checked.facts.num_values == checked.plan.numel
+
+
+def test_a_copy_that_differs_from_the_base_is_refused(llama: Base, tmp_path: Path):
+    adapter = save_with_ends(llama, tmp_path / "adapter")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.lm_head.base_layer.weight"][3, 4] += 1
+
+    adapter.edit(change)
+    check_refuses(adapter, "lm_head.base_layer.weight", "another base", weight_of=weight_of(llama))
+
+
+def test_a_copy_in_a_coarser_type_is_the_same(llama: Base, tmp_path: Path):
+    adapter = save_with_ends(llama, tmp_path / "adapter")
+
+    def halve(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key] = tensors[key].bfloat16()
+
+    adapter.edit(halve)
+    adapter.reader(weight_of=weight_of(llama)).check(adapter.folder)
+
+
+def test_a_copy_of_another_vocabulary_is_refused(llama: Base, tmp_path: Path):
+    adapter = save_with_ends(llama, tmp_path / "adapter")
+
+    def grow(tensors: dict[str, torch.Tensor]) -> None:
+        key = "base_model.model.model.embed_tokens.base_layer.weight"
+        tensors[key] = torch.cat([tensors[key], torch.zeros(1, 64)])
+
+    adapter.edit(grow)
+    check_refuses(adapter, "[129, 64]", "[128, 64]", "vocabulary")
+
+
+def test_dora_on_an_embedding_is_refused(llama: Base, tmp_path: Path):
+    adapter = save_with_ends(llama, tmp_path / "adapter").set(use_dora=True)
+    check_refuses(adapter, "DoRA", "model.embed_tokens", "not served yet")
 
 
 def check_refuses(adapter: Adapter, *words: str, **reader: Any) -> None:

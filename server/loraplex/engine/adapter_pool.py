@@ -4,7 +4,7 @@ On a CPU a place holds the RAM tier's own slab: no copy. On another device it ho
 places]; every LoRA layer sees its row as a `ModulePool`. Written only by the runner, between forward passes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,7 @@ class AdapterPool:
         self.num_places = num_places
         self._device = device
         self._row_of = {name: row for row, name in enumerate(targets)}
+        self._head_rows = [row for row, shape in enumerate(targets.values()) if shape.kind == "head"]
         size = (len(targets), num_places)
         self._slabs: list[torch.Tensor | None] = [None] * num_places
         self._digests: list[str | None] = [None] * num_places
@@ -82,6 +83,10 @@ class AdapterPool:
     def has_vectors(self, place: int) -> bool:
         """Whether the adapter in `place` has gains or shifts beside its deltas."""
         return self._has_vectors[place]
+
+    def has_head(self, places: Iterable[int]) -> bool:
+        """Whether any adapter in `places` is on the output head."""
+        return any(bool(self._rank[row, place]) for row in self._head_rows for place in places)
 
     def max_rank(self, places: list[int]) -> int:
         """The largest rank of any module of the adapters in `places`."""

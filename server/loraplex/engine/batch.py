@@ -5,6 +5,7 @@ rows; R of them need logits (each sequence's last token, and prompt positions wh
 The buffers are allocated once; a batch is views into them, valid until the next one is built.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.model.linear import ROW_MULTIPLE
-from loraplex.model.step_context import VectorSegment
+from loraplex.model.step_context import Span, StepLoRA
 from loraplex.ops import AttentionMetadata, LoRASegments
 
 
@@ -36,8 +37,8 @@ class ForwardBatch:
     input_ids: Tensor
     positions: Tensor
     attn: AttentionMetadata
-    lora: LoRASegments | None
-    vector_segments: tuple[VectorSegment, ...]
+    lora: StepLoRA | None
+    head_lora: StepLoRA | None
     logit_indices: Tensor
     num_logit_rows: int
     rows: tuple[LogitRows, ...]
@@ -58,8 +59,8 @@ class BatchBuffers:
         self._cu_seqlens = np.zeros(num_seqs + 1, np.int32)
         self._seq_lens = np.zeros(num_seqs, np.int32)
         self._block_tables = np.zeros((num_seqs, max_blocks), np.int32)
-        self._segments = np.zeros((4, num_segments), np.int32)  # start, end, place, offset
-        self._scales = np.zeros(num_segments, np.float32)
+        self._body = SegmentBuffers(num_segments, device)
+        self._head = SegmentBuffers(num_segments, device)
 
     def build(self, batch: ScheduledBatch, pool: AdapterPool) -> ForwardBatch:
         """`pool` tells the ranks of the adapters in their places, and which of them have vectors."""
@@ -75,6 +76,8 @@ class BatchBuffers:
         self._input_ids[token:padded] = 0
         self._positions[token:padded] = 0
         self._logit_indices[row : _padded(row)] = 0
+        token_bounds = [0, *np.cumsum([entry.num_new_tokens for entry in batch.entries]).tolist()]
+        row_bounds = [0, *(span.end for span in rows)]
         count = len(batch.entries)
         attn = AttentionMetadata(
             self._tensor(self._cu_seqlens[: count + 1]),
@@ -87,7 +90,8 @@ class BatchBuffers:
             self._tensor(self._input_ids[:padded]).unsqueeze(0),
             self._tensor(self._positions[:padded]).unsqueeze(0),
             attn,
-            *self._write_segments(batch, pool),
+            self._body.build(batch, token_bounds, pool),
+            self._head.build(batch, row_bounds, pool) if pool.has_head(batch.places) else None,
             self._tensor(self._logit_indices[: _padded(row)]),
             row,
             tuple(rows),
@@ -117,36 +121,51 @@ class BatchBuffers:
         self._logit_indices[row : row + count] = np.arange(token + first - start, token + end - start)
         return LogitRows(row, row + count, first)
 
-    def _write_segments(
-        self, batch: ScheduledBatch, pool: AdapterPool
-    ) -> tuple[LoRASegments | None, tuple[VectorSegment, ...]]:
-        vectors: list[VectorSegment] = []
-        count = token = num_rows = 0
-        entry_index = 0
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+class SegmentBuffers:
+    """The segments of one kind of rows (tokens, or rows of logits), written into arrays that are allocated once."""
+
+    def __init__(self, num_segments: int, device: torch.device):
+        self._device = device
+        self._segments = np.zeros((4, num_segments), np.int32)  # start, end, place, offset
+        self._scales = np.zeros(num_segments, np.float32)
+
+    def build(self, batch: ScheduledBatch, bounds: Sequence[int], pool: AdapterPool) -> StepLoRA | None:
+        """Rows bounds[i]:bounds[i + 1] are entry i's. None when no row is an adapter's."""
+        spans: list[Span] = []
+        vectors: list[tuple[int, int, int]] = []
+        num_rows = index = 0
         entries = batch.entries
-        while entry_index < len(entries):
-            composition, places = entries[entry_index].seq.request.composition, entries[entry_index].places
-            end = token
-            while entry_index < len(entries) and entries[entry_index].seq.request.composition == composition:
-                end += entries[entry_index].num_new_tokens
-                entry_index += 1
+        while index < len(entries):
+            composition, places = entries[index].seq.request.composition, entries[index].places
+            start = bounds[index]
+            while index < len(entries) and entries[index].seq.request.composition == composition:
+                index += 1
+            end = bounds[index]
+            if start == end:
+                continue
             for use, place in zip(composition, places, strict=True):
-                self._segments[:, count] = (token, end, place, num_rows)
+                count = len(spans)
+                self._segments[:, count] = (start, end, place, num_rows)
                 self._scales[count] = use.scale
-                num_rows += end - token
-                count += 1
+                spans.append(Span(start, end, place, num_rows))
+                num_rows += end - start
                 if pool.has_vectors(place):
                     # A gain acts on the base's whole product, so it has no meaning in a sum of adapters.
                     assert len(composition) == 1, "an adapter with DoRA or lora_bias runs alone"
                     assert use.scale == 1.0, "an adapter with DoRA or lora_bias runs at scale 1"
-                    vectors.append((token, end, place))
-            token = end
-        if count == 0:
-            return None, ()
-        start, end_, place, offset = (self._tensor(self._segments[i, :count]) for i in range(4))
-        max_rank = pool.max_rank(self._segments[2, :count].tolist())
+                    vectors.append((start, end, place))
+        if not spans:
+            return None
+        count = len(spans)
+        starts, ends, placed, offsets = (self._tensor(self._segments[i, :count]) for i in range(4))
+        max_rank = pool.max_rank([span.place for span in spans])
         scales = self._tensor(self._scales[:count])
-        return LoRASegments(start, end_, place, scales, offset, num_rows, max_rank), tuple(vectors)
+        segments = LoRASegments(starts, ends, placed, scales, offsets, num_rows, max_rank)
+        return StepLoRA(segments, tuple(spans), tuple(vectors))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

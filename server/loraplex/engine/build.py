@@ -169,7 +169,8 @@ def plan_memory(
             f"{max_model_len} and needs {one_sequence} bytes. Give more, or set a smaller --max-model-len."
         )
     on_cpu = base.device.type == "cpu"
-    per_value = sum(shape.in_features + shape.out_features for shape in base.targets.values()) * value
+    linears = (shape for shape in base.targets.values() if shape.kind == "linear")
+    per_value = sum(shape.in_features + shape.out_features for shape in linears) * value
     pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.max_loras
     needed = num_blocks * block_bytes + (spec.adapter_cache_bytes if on_cpu else pool_bytes)
     if needed > available:

@@ -14,7 +14,7 @@ from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, Scheduled
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import KVCache, LayerGeometry, PagedStep
 from loraplex.model.loader import BaseModel
-from loraplex.model.lora_layers import wrap_linears
+from loraplex.model.lora_layers import wrap_modules
 from loraplex.model.step_context import StepContext
 from loraplex.ops import Ops, select_ops
 
@@ -39,7 +39,7 @@ class ModelRunner:
         self.cache = KVCache(dict(geometry), config.num_blocks, config.block_size, base.dtype, base.device)
         self.pool = AdapterPool(base.targets, config.max_loras, base.device)
         self._context = StepContext()
-        wrap_linears(base.model, self.pool.modules, self.pool.vectors, self._context, self.ops)
+        wrap_modules(base.model, base.targets, self.pool.modules, self.pool.vectors, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)
         self._sampler = Sampler(config.eos_token_ids)
 
@@ -59,7 +59,7 @@ class ModelRunner:
     def forward(self, batch: ForwardBatch) -> tuple[Tensor, PagedStep]:
         """Logits float32 [R, V] of the rows that need them, and the step as the attention layers saw it."""
         step = PagedStep(self.ops, self.cache, batch.attn)
-        with self._context.running(batch.lora, batch.vector_segments):
+        with self._context.running(batch.lora, batch.head_lora):
             output = self.base.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.positions,

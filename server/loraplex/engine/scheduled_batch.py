@@ -34,6 +34,11 @@ class ScheduledBatch:
     adapter_loads: tuple[tuple[int, "LoRAWeights"], ...]
 
     @property
+    def places(self) -> set[int]:
+        """The places that this step's adapters stand in."""
+        return {place for entry in self.entries for place in entry.places}
+
+    @property
     def num_tokens(self) -> int:
         return sum(entry.num_new_tokens for entry in self.entries)
 

@@ -7,12 +7,13 @@ is refused by name. So nothing is silently ignored.
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from loraplex.errors import AdapterInvalid
 from loraplex.lora.headers import SafetensorsHeader, TensorInfo
-from loraplex.lora.peft import PeftConfig
+from loraplex.lora.peft import ALL_LINEAR, PeftConfig
+from loraplex.lora.rules import ModuleRules
 from loraplex.lora.text import listed, shown
 from loraplex.lora.weights import ModuleShape, slab_numel
 
@@ -23,7 +24,7 @@ MAX_SCALING = 1024.0
 _PREFIX = "base_model.model."
 # base_model.model.<module>.lora_A[.<adapter name>].weight; the adapter's name is matched only if there must be one
 _KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B|magnitude_vector)"
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
     r"(\.(?P<adapter>[^.]+))??(\.(?P<kind>weight|bias))?"
 )
 # part and kind of a key -> what it is of its module; anything else is not PEFT's spelling
@@ -33,11 +34,27 @@ _PARTS = {
     ("B", "bias"): "bias",
     ("magnitude_vector", "weight"): "magnitude",
     ("magnitude_vector", None): "magnitude",
+    ("embedding_A", None): "embedding A",
+    ("embedding_B", None): "embedding B",
 }
-_LABELS = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude_vector", "bias": "lora_B.bias"}
-_FIELDS = {"magnitude": "use_dora", "bias": "lora_bias"}
+# PEFT writes the base's own tensor beside a LoRA on an embedding or an output head.
+_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.(?P<tensor>weight|bias)")
+_LABELS = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "magnitude": "lora_magnitude_vector",
+    "bias": "lora_B.bias",
+    "embedding A": "lora_embedding_A",
+    "embedding B": "lora_embedding_B",
+}
+_FIELDS = {
+    "magnitude": "adapter_config.json does not set use_dora",
+    "bias": "adapter_config.json does not set lora_bias",
+}
+_NO_EMBEDDING = (
+    "its module is of another kind in this base (an embedding has lora_embedding_A and _B, a linear lora_A and _B)"
+)
 _NOT_SERVED = (
-    (re.compile(r"\.lora_embedding_[AB](\.|$)"), "a LoRA on an embedding is not served yet"),
     (re.compile(r"\.base_layer\."), "copies of the base's own weights are not served yet"),
     (re.compile(r"\.modules_to_save\."), "whole trained modules are not served yet"),
     (re.compile(r"\.token_adapter\.|\.trainable_tokens_"), "trained token rows are not served yet"),
@@ -64,9 +81,11 @@ class ModulePlan:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """The modules of one adapter in the base's order, by name, and remarks for whoever uploaded it."""
+    """The modules of one adapter in the base's order, by name; the keys of copies of the base's own weights, by
+    module; and remarks for whoever uploaded it."""
 
     modules: Mapping[str, ModulePlan]
+    copies: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -82,11 +101,11 @@ class AdapterPlan:
 
 def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> AdapterPlan:
     """Match the file's tensors to the base's `targets`. Raises AdapterInvalid naming what is amiss."""
-    parts = _parts(header)
+    copies = _copies(header, targets)
+    parts = _parts(header, skip=set(copies.values()))
     rules = config.rules()
-    selected = [name for name in targets if rules.selects(name)]
-    wanted = {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
-    _check_modules(parts, selected, targets, wanted)
+    selected = [name for name in targets if _selects(config, rules, targets[name])]
+    _check_modules(parts, selected, targets, config)
     modules: dict[str, ModulePlan] = {}
     for name in selected:
         keys = parts[name]
@@ -94,8 +113,8 @@ def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, Mo
             targets[name],
             rules.rank_of(name),
             rules.scaling_of(name),
-            keys["A"],
-            keys["B"],
+            keys.get("A") or keys["embedding A"],
+            keys.get("B") or keys["embedding B"],
             keys.get("magnitude"),
             keys.get("bias"),
         )
@@ -109,18 +128,57 @@ def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, Mo
         )
     notes = [f"target_modules names {shown(name)}, which no LoRA module of this base has" for name in
              rules.unmatched(list(targets))]  # fmt: skip
-    return AdapterPlan(MappingProxyType(modules), tuple(notes[:20]))
+    return AdapterPlan(MappingProxyType(modules), MappingProxyType(copies), tuple(notes[:20]))
+
+
+def _selects(config: PeftConfig, rules: ModuleRules, shape: ModuleShape) -> bool:
+    """Whether the config puts a LoRA on the module; "all-linear" means neither embedding nor head."""
+    return rules.selects(shape.name) and (config.target_modules != ALL_LINEAR or shape.kind == "linear")
+
+
+def _wanted(config: PeftConfig, shape: ModuleShape) -> set[str]:
+    """The parts that the file must have of a selected module, and may have no others."""
+    if shape.kind == "embedding":
+        if config.use_dora:
+            raise _refused(
+                f"DoRA on the embedding {shown(shape.name, 160)} is not served yet. Train the adapter without the "
+                "embedding, or without use_dora."
+            )
+        return {"embedding A", "embedding B"}
+    return {"A", "B"} | ({"magnitude"} if config.use_dora else set()) | ({"bias"} if config.lora_bias else set())
 
 
 def _refused(message: str) -> AdapterInvalid:
     return AdapterInvalid(message, param="weights")
 
 
-def _parts(header: SafetensorsHeader) -> dict[str, dict[str, str]]:
-    """The file's keys by module name and part ("A", "B", "magnitude", "bias")."""
+def _copies(header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> dict[str, str]:
+    """Keys of copies of the base's embedding or head, by module (its bias: module.bias); the reader compares them."""
+    copies = {}
+    for key, info in header.tensors.items():
+        found = _COPY.fullmatch(key.replace("_orig_mod.", ""))
+        shape = targets.get(found["module"]) if found is not None else None
+        if shape is None or shape.kind == "linear":
+            continue
+        is_bias = found is not None and found["tensor"] == "bias"
+        sizes = (shape.in_features, shape.out_features)
+        expected = sizes[1:] if is_bias else sizes if shape.kind == "embedding" else sizes[::-1]
+        if info.shape != expected:
+            raise _refused(
+                f"The tensor {shown(key, 160)} has the shape {list(info.shape)}, and this base's has {list(expected)}: "
+                "the adapter was trained on another vocabulary. Serve it on the base it was trained on."
+            )
+        copies[f"{shape.name}.bias" if is_bias else shape.name] = key
+    return copies
+
+
+def _parts(header: SafetensorsHeader, skip: set[str]) -> dict[str, dict[str, str]]:
+    """The file's keys by module name and part ("A", "B", "magnitude", "bias", "embedding A" and "B")."""
     parts: dict[str, dict[str, str]] = {}
     adapters: set[str | None] = set()
     for key in header.tensors:
+        if key in skip:
+            continue
         # torch.compile puts _orig_mod. in front of whatever was compiled
         found = _KEY.fullmatch(key.replace("_orig_mod.", ""))
         part = None if found is None else _PARTS.get((found["part"], found["kind"]))
@@ -153,7 +211,7 @@ def _why_unknown(key: str) -> str:
 
 
 def _check_modules(
-    parts: dict[str, dict[str, str]], selected: list[str], targets: Mapping[str, ModuleShape], wanted: set[str]
+    parts: dict[str, dict[str, str]], selected: list[str], targets: Mapping[str, ModuleShape], config: PeftConfig
 ) -> None:
     chosen = set(selected)
     for name, keys in parts.items():
@@ -166,10 +224,12 @@ def _check_modules(
                 "target_modules, exclude_modules or layers_to_transform), so PEFT would leave it out. "
                 "Send the config and the weights of one save_pretrained."
             )
+        wanted = _wanted(config, targets[name])
         if surplus := sorted(keys.keys() - wanted):
+            why = _FIELDS.get(surplus[0], _NO_EMBEDDING)
             raise _refused(
-                f"The tensor {shown(keys[surplus[0]], 160)} is there, and adapter_config.json does not set "
-                f"{_FIELDS[surplus[0]]}. Send the config and the weights of one save_pretrained."
+                f"The tensor {shown(keys[surplus[0]], 160)} is there, and {why}. Send the config and the weights of "
+                "one save_pretrained."
             )
         if missing := sorted(wanted - keys.keys()):
             raise _refused(

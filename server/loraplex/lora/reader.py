@@ -32,7 +32,7 @@ from loraplex.lora.text import shown
 from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
 
 WeightOf = Callable[[str], torch.Tensor]
-"""Name of a LoRA module -> the base's weight [out_features, in_features]."""
+"""Name of a LoRA module -> the base's weight [out_features, in_features]; name.bias -> its bias [out_features]."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -117,6 +117,7 @@ class AdapterReader:
         header = read_header(folder / WEIGHTS_NAME)
         adapter_plan = self.plan(config, header)
         data = _read_file(folder / WEIGHTS_NAME)
+        self._check_copies(adapter_plan, header, data)
         digest = _digest_of(config_bytes, data)
         weights = pack(digest, _pairs(adapter_plan, header, data), self._dtype)
         check_values(weights, adapter_plan)
@@ -133,6 +134,20 @@ class AdapterReader:
                 param="config",
             )
         return result
+
+    def _check_copies(self, adapter_plan: AdapterPlan, header: SafetensorsHeader, data: bytearray) -> None:
+        """Copies of the base's weights must be the base's, up to the rounding of the coarser of the two types."""
+        for name, key in adapter_plan.copies.items():
+            copy = _tensor(header.tensors[key], header.data_start, data)
+            weight = None if self._weight_of is None else self._weight_of(name).cpu()
+            if weight is None or not (
+                torch.equal(copy.to(weight.dtype), weight) or torch.equal(copy, weight.to(copy.dtype))
+            ):
+                raise AdapterInvalid(
+                    f"The tensor {shown(key, 160)} is a copy of the base's weight and differs from this base's: the "
+                    "adapter was trained on another base, or changed this one. Serve it on the base it was trained on.",
+                    param="weights",
+                )
 
     def _finished(self, pair: LoRAPair) -> LoRAPair:
         """`pair` with DoRA's magnitudes turned into gains: gain = m / ‖W + scaling · B·A‖ over each output's row, and
@@ -214,7 +229,7 @@ def _pairs(adapter_plan: AdapterPlan, header: SafetensorsHeader, data: bytearray
                 module.shape,
                 _tensor(header.tensors[module.key_a], header.data_start, data),
                 _tensor(header.tensors[module.key_b], header.data_start, data),
-                module.scaling,
+                module.scaling * module.shape.output_scale,
                 gain=tensor(module.key_magnitude),
                 shift=None if bias is None else module.scaling * bias.float(),
             )

@@ -1,7 +1,8 @@
 """LoRAWeights: one adapter in memory, as the kernels read it.
 
 The whole adapter is one flat slab. For a module of rank r, A is stored row-major as [r, in_features] and B
-transposed ("rank-major") as [r, out_features], so that expand walks contiguous rows:
+transposed ("rank-major") as [r, out_features], so that expand walks contiguous rows. An embedding's A is stored as
+[in_features, r], so that a token's is one row.
 
     slab: | A_0 | Bt_0 | A_1 | Bt_1 | gain_1 | shift_1 | ...     ModuleDelta's offsets index its elements
 
@@ -16,17 +17,25 @@ Kalajdzievski 2023); scaling is kept apart, not folded, so that the slab holds t
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleShape:
-    """A module of the base that can carry a LoRA. `name` is its path in the transformers model."""
+    """A module of the base that can carry a LoRA. `name` is its path in the transformers model.
+
+    kind          "linear"; "head" (the output head: its rows are those whose logits are wanted); "embedding" (the
+                  input embedding: in_features is the size of its vocabulary, and the shrink is a lookup)
+    output_scale  what the module multiplies its output by (the embedding of some models), the delta with it
+    """
 
     name: str
     in_features: int
     out_features: int
+    kind: Literal["linear", "head", "embedding"] = "linear"
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +73,12 @@ class LoRAWeights:
         return any(max(delta.offset_gain, delta.offset_shift) >= 0 for delta in self.modules.values())
 
     def a(self, shape: ModuleShape) -> torch.Tensor:
-        """A of `shape`, a view [rank, in_features]."""
+        """A of `shape`, a view [rank, in_features]; of an embedding [in_features, rank]."""
         delta = self.modules[shape.name]
-        end = delta.offset_a + delta.rank * shape.in_features
-        return self.slab[delta.offset_a : end].view(delta.rank, shape.in_features)
+        matrix = self.slab[delta.offset_a : delta.offset_a + delta.rank * shape.in_features]
+        if shape.kind == "embedding":
+            return matrix.view(shape.in_features, delta.rank)
+        return matrix.view(delta.rank, shape.in_features)
 
     def vectors(self, shape: ModuleShape) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Gain and shift of `shape`, views [out_features], None where it has none."""
@@ -125,7 +136,8 @@ def pack(digest: str, pairs: Iterable[LoRAPair], dtype: torch.dtype) -> LoRAWeig
         return start
 
     for pair in pairs:
+        a = pair.a.T if pair.shape.kind == "embedding" else pair.a
         modules[pair.shape.name] = ModuleDelta(
-            pair.a.shape[0], pair.scaling, put(pair.a), put(pair.b.T), put(pair.gain), put(pair.shift)
+            pair.a.shape[0], pair.scaling, put(a), put(pair.b.T), put(pair.gain), put(pair.shift)
         )
     return LoRAWeights(digest, slab, modules)

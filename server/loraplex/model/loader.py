@@ -36,8 +36,12 @@ class BaseModel:
     device: torch.device
 
     def weight_of(self, name: str) -> Tensor:
-        """The weight [out_features, in_features] of a LoRA module, wrapped or not."""
-        return weight_and_bias(base_of(self.model.get_submodule(name)))[0].detach()
+        """The weight of a LoRA module, wrapped or not: [out_features, in_features], of an embedding as it is. Its bias
+        under `name`.bias."""
+        if name.endswith(".bias"):
+            return base_of(self.model.get_submodule(name.removesuffix(".bias"))).bias.detach()  # type: ignore
+        module = base_of(self.model.get_submodule(name))
+        return (module.weight if isinstance(module, nn.Embedding) else weight_and_bias(module)[0]).detach()
 
     @property
     def vocab_size(self) -> int:

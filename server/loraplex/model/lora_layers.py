@@ -1,16 +1,17 @@
-"""LoRA layers: the base's linear modules with the running step's deltas added.
+"""LoRA layers: the base's linear modules, embedding and head with the running step's deltas added.
 
 y = x·Wᵀ + b, then y[segment] += scale · (x[segment]·Aᵀ)·Bᵀ. The base's parameters are never written.
 """
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.linear import Product, make_product
-from loraplex.model.step_context import StepContext
+from loraplex.model.step_context import StepContext, StepLoRA
 from loraplex.ops import ModulePool, Ops
 
 # Exactly these: a subclass (a router, say) may answer something else than x·Wᵀ + b.
@@ -21,7 +22,7 @@ Vectors = tuple[Tensor | None, Tensor | None]
 
 
 class BaseLinear(nn.Module):
-    """A Linear or Conv1D with the product chosen at load; no LoRA goes on it (lm_head)."""
+    """A Linear or Conv1D with the product chosen at load; no LoRA goes on it (a head of a kind of its own)."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -55,16 +56,19 @@ class LoRALinear(BaseLinear):
         self._context = context
         self._ops = ops
 
+    @property
+    def _step(self) -> StepLoRA | None:
+        return self._context.body
+
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         y = self.product(rows)
-        lora = self._context.lora
-        if lora is not None:
-            segments = self._context.vector_segments
-            for start, end, place in segments:
+        step = self._step
+        if step is not None:
+            for start, end, place in step.vector_segments:
                 self._gain(y[start:end], place)
-            self._ops.add_lora(y, rows, self._pool, lora)
-            for start, end, place in segments:
+            self._ops.add_lora(y, rows, self._pool, step.segments)
+            for start, end, place in step.vector_segments:
                 self._shift(y[start:end], place)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -82,9 +86,54 @@ class LoRALinear(BaseLinear):
             y.add_(vectors[1])
 
 
+class LoRAHead(LoRALinear):
+    """The output head: its rows are those whose logits are wanted, so its segments are others."""
+
+    @property
+    def _step(self) -> StepLoRA | None:
+        return self._context.head
+
+
+class LoRAEmbedding(nn.Module):
+    """The input embedding: the shrink is a lookup, s[t] = A[token t], and the expand is everybody's."""
+
+    def __init__(self, base: nn.Embedding, pool: ModulePool, context: StepContext, ops: Ops):
+        super().__init__()
+        self.base = base
+        self._pool = pool
+        self._context = context
+        self._ops = ops
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """token_ids int64 [1, T] -> [1, T, out_features]."""
+        y = self.base(token_ids)
+        step = self._context.body
+        if step is not None and any(self._pool.rank[span.place] for span in step.spans):
+            shrunk = self._look_up(token_ids.reshape(-1), step)
+            self._ops.expand(y.view(-1, self._pool.out_features), shrunk, self._pool, step.segments)
+        return y
+
+    def _look_up(self, token_ids: Tensor, step: StepLoRA) -> Tensor:
+        """float32 [num_rows, max_rank]: each segment's rows of its adapter's A."""
+        segments = step.segments
+        shrunk = torch.zeros(segments.num_rows, segments.max_rank, dtype=torch.float32, device=token_ids.device)
+        for span in step.spans:
+            rank, slab = int(self._pool.rank[span.place]), self._pool.slabs[span.place]
+            if rank and slab is not None:
+                start = int(self._pool.offset_a[span.place])
+                rows = slab[start : start + rank * self._pool.in_features].view(-1, rank)
+                count = span.end - span.start
+                shrunk[span.offset : span.offset + count, :rank] = rows[token_ids[span.start : span.end]].float()
+        return shrunk
+
+
 def base_of(module: nn.Module) -> nn.Module:
     """The base's own module, wrapped or not."""
-    return module.base if isinstance(module, BaseLinear) else module
+    return module.base if isinstance(module, BaseLinear | LoRAEmbedding) else module
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -96,27 +145,40 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def lora_targets(model: nn.Module) -> dict[str, ModuleShape]:
-    """Every module of the base that can carry a LoRA: all Linear and Conv1D but the output head."""
+    """Every module of the base that can carry a LoRA: Linear, Conv1D, the input embedding and the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
     targets = {}
     for name, module in model.named_modules():
-        if type(module) in _LINEARS and module is not head:
+        if type(module) in _LINEARS:
             out_features, in_features = weight_and_bias(module)[0].shape
-            targets[name] = ModuleShape(name, in_features, out_features)
+            targets[name] = ModuleShape(name, in_features, out_features, "head" if module is head else "linear")
+        elif module is embedding and isinstance(module, nn.Embedding):
+            scale = getattr(module, "embed_scale", 1.0)
+            targets[name] = ModuleShape(name, *module.weight.shape, "embedding", float(scale))
     return targets
 
 
-def wrap_linears(
+def wrap_modules(
     model: nn.Module,
+    targets: Mapping[str, ModuleShape],
     pools: Mapping[str, ModulePool],
     vectors: Mapping[str, Sequence[Vectors | None]],
     context: StepContext,
     ops: Ops,
 ) -> None:
-    """Replace every module in `pools` by a LoRALinear, and every other linear by a BaseLinear, in place."""
+    """Replace every target by its LoRA layer, and every other linear by a BaseLinear, in place."""
     for name, module in list(model.named_modules()):
-        if type(module) in _LINEARS:
-            pool = pools.get(name)
-            layer = BaseLinear(module) if pool is None else LoRALinear(module, pool, vectors[name], context, ops)
-            parent_name, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), attribute, layer)
+        shape = targets.get(name)
+        if shape is not None and shape.kind == "embedding":
+            assert isinstance(module, nn.Embedding)
+            layer: nn.Module = LoRAEmbedding(module, pools[name], context, ops)
+        elif shape is not None:
+            layer_class = LoRAHead if shape.kind == "head" else LoRALinear
+            layer = layer_class(module, pools[name], vectors[name], context, ops)
+        elif type(module) in _LINEARS:
+            layer = BaseLinear(module)
+        else:
+            continue
+        parent_name, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent_name), attribute, layer)

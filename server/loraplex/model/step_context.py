@@ -4,26 +4,42 @@ One per runner, handed to the LoRA layers when they are made. The runner alone f
 empties it after.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from loraplex.ops import LoRASegments
 
-VectorSegment = tuple[int, int, int]
-"""(start, end, place) of a segment whose adapter has gains or shifts beside its deltas."""
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One segment on the host: rows start:end are of the adapter in `place`; `offset` as in LoRASegments."""
+
+    start: int
+    end: int
+    place: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepLoRA:
+    """The segments of a step, for the kernels and on the host. `vector_segments`: (start, end, place) of those whose
+    adapter has gains or shifts beside its deltas."""
+
+    segments: LoRASegments
+    spans: tuple[Span, ...]
+    vector_segments: tuple[tuple[int, int, int], ...] = ()
 
 
 class StepContext:
     def __init__(self) -> None:
-        self.lora: LoRASegments | None = None  # None: every row is the base's, no LoRA op runs
-        self.vector_segments: Sequence[VectorSegment] = ()
+        self.body: StepLoRA | None = None  # over all tokens; None: every row is the base's, no LoRA op runs
+        self.head: StepLoRA | None = None  # over the rows whose logits are wanted; None: no adapter is on the head
 
     @contextmanager
-    def running(self, lora: LoRASegments | None, vector_segments: Sequence[VectorSegment] = ()) -> Iterator[None]:
-        self.lora = lora
-        self.vector_segments = vector_segments
+    def running(self, body: StepLoRA | None, head: StepLoRA | None = None) -> Iterator[None]:
+        self.body, self.head = body, head
         try:
             yield
         finally:
-            self.lora = None
-            self.vector_segments = ()
+            self.body = self.head = None
