@@ -15,6 +15,7 @@ import tiny
 from harness import Driver, World, make_world, random_ids, request
 from loraplex.engine import batch, block_manager
 from loraplex.engine.adapter_pool import AdapterPool
+from loraplex.engine.engine import Engine
 from loraplex.engine.messages import AdapterUse, EngineRequest
 from oracle import Oracle
 
@@ -176,12 +177,12 @@ def run_schedules(templates: Templates, count: int = 12) -> None:
 def test_notices_a_segment_boundary_moved_by_one(llama: Templates, monkeypatch: pytest.MonkeyPatch):
     write = batch.BatchBuffers._write_segments
 
-    def off_by_one(self, scheduled, max_rank_of):
-        segments = write(self, scheduled, max_rank_of)
+    def off_by_one(self, scheduled, pool):
+        segments, vectors = write(self, scheduled, pool)
         if segments is not None and segments.num_rows > len(segments.start):
             longest = int((segments.end - segments.start).argmax())
             segments.start[longest] += 1
-        return segments
+        return segments, vectors
 
     monkeypatch.setattr(batch.BatchBuffers, "_write_segments", off_by_one)
     with pytest.raises(AssertionError):
@@ -193,7 +194,8 @@ def test_notices_two_pool_places_swapped(llama: Templates, monkeypatch: pytest.M
     monkeypatch.setattr(
         AdapterPool, "load", lambda self, place, weights: load(self, {0: 1, 1: 0}.get(place, place), weights)
     )
-    monkeypatch.setattr(AdapterPool, "digest_in", lambda self, place: None)  # else the bookkeeping notices first
+    # Else the bookkeeping notices first.
+    monkeypatch.setattr(Engine, "check_integrity", lambda engine: engine.scheduler.check_integrity())
     with pytest.raises(IsolationBroken):
         run_schedules(llama)
 

@@ -7,12 +7,13 @@ it passes over what is leased, pinned or protected.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING
 
 from cachetools import Cache, LRUCache
 
 if TYPE_CHECKING:
+    from loraplex.engine.messages import AdapterUse
     from loraplex.lora.weights import LoRAWeights
 
 
@@ -64,6 +65,16 @@ class AdapterCache(LRUCache):
     def is_pinned(self, digest: str) -> bool:
         return digest in self._pins
 
+    @property
+    def has_pins(self) -> bool:
+        return bool(self._pins)
+
+    def can_ever_hold(self, uses: Iterable["AdapterUse"]) -> bool:
+        """Whether the adapters of a composition fit into RAM together beside the pinned ones."""
+        pinned = {digest for digest in self._pins if digest in self}
+        needed = sum(use.nbytes for use in uses if use.digest not in pinned)
+        return needed <= self.maxsize - sum(self.peek(digest).nbytes for digest in pinned)
+
     # -- loads ------------------------------------------------------------------------------------------------
 
     @property
@@ -73,11 +84,7 @@ class AdapterCache(LRUCache):
     def reserve(self, digest: str, nbytes: int, protected: Collection[str]) -> bool:
         """Set `nbytes` aside for a load, evicting what is neither in use nor `protected`; False and nothing evicted
         when that cannot be enough."""
-        free = self.maxsize - self.currsize - self.reserved_bytes
-        evictable = sum(
-            self.peek(other).nbytes for other in self if not self._is_held(other) and other not in protected
-        )
-        if nbytes > free + evictable:
+        if not self.can_reserve(nbytes, protected):
             return False
         self._protected = protected
         try:
@@ -87,6 +94,17 @@ class AdapterCache(LRUCache):
             self._protected = ()
         self._reserved[digest] = nbytes
         return True
+
+    def can_reserve(self, nbytes: int, protected: Collection[str], leaving: Collection[str] = ()) -> bool:
+        """Whether `reserve` would succeed, once nobody leases the adapters `leaving` any more."""
+        room = self.maxsize - self.currsize - self.reserved_bytes
+        for other in self:
+            if room >= nbytes:
+                break
+            is_leased = other in self._leases and other not in leaving
+            if not (is_leased or other in self._pins or other in protected):
+                room += self.peek(other).nbytes
+        return room >= nbytes
 
     def cancel_reservation(self, digest: str) -> None:
         self._reserved.pop(digest, None)

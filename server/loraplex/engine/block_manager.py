@@ -8,8 +8,8 @@ LRU order in which they are given away. Pure Python over ints.
 
 import hashlib
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable
 
 from loraplex.engine.messages import Composition
 from loraplex.engine.sequence import Sequence
@@ -51,10 +51,15 @@ class BlockManager:
             blocks.append(block)
         return blocks
 
-    def can_allocate(self, num_new_blocks: int, shared: Iterable[int] = ()) -> bool:
-        """Whether `num_new_blocks` are free beside the `shared` ones, some of which may be free themselves."""
-        taken = sum(1 for block in shared if self._ref_counts[block] == 0)
-        return num_new_blocks <= len(self._free) - taken
+    def can_hold(self, seq: Sequence, leaving: Collection[Sequence] = ()) -> bool:
+        """Whether blocks suffice for all tokens of a waiting `seq`, with what is cached of them, once the running
+        sequences `leaving` have given theirs back."""
+        counts = Counter(block for other in leaving for block in other.block_table)
+        freed = {block for block, count in counts.items() if count == self._ref_counts[block]}
+        shared = self.match_prefix(seq)
+        num_revived = sum(1 for block in shared if self._ref_counts[block] == 0 or block in freed)
+        num_new = self.num_blocks_for(seq.num_tokens) - len(shared)
+        return num_new + num_revived <= len(self._free) + len(freed)
 
     def share(self, seq: Sequence, blocks: list[int]) -> None:
         """Start the block table of `seq` with cached blocks; its counter moves past them."""

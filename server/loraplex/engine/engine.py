@@ -95,7 +95,7 @@ class Engine:
 
     def step(self) -> StepOutput:
         """One step for everything that can run. Raises EngineDied when it is no use going on."""
-        outputs = self._take_loads()
+        outputs = self._take_loads() + self.scheduler.refuse_hopeless()
         batch = self.scheduler.schedule()
         self._is_stalled = not batch.entries and not outputs
         if batch.entries:
@@ -126,6 +126,8 @@ class Engine:
         self._num_failed_steps += 1
         failure = Failure("engine_step_failed", f"The engine failed while computing this request: {describe(error)}.")
         outputs = self.scheduler.fail(batch, failure)
+        for place, _ in batch.adapter_loads:
+            self.runner.pool.clear(place)
         self.last_error = "".join(traceback.format_exception(error))
         try:
             self.check_integrity()
@@ -180,7 +182,7 @@ class Engine:
         assert live <= set(self._sequences), "a scheduled sequence is unknown to the engine"
         for digest in self.places.digests:
             place = self.places.place_of(digest)
-            assert self.runner.pool.digest_in(place) in (digest, None), f"place {place} holds another adapter"
+            assert self.runner.pool.digest_in(place) == digest, f"place {place} does not hold its adapter"
 
     def close(self) -> None:
         self.loads.close()

@@ -6,12 +6,25 @@ are assigned in the same call that lists the sequences that use them, so a map f
 A sequence that runs holds leases on its adapters and blocks for its tokens; one that waits or was preempted holds
 neither. Everything is taken at once on admission, so nothing is held while waiting for something else.
 
-Fairness: compositions are served in the order of `WaitingQueue`. One that nothing runs of and that has been blocked for
-`fairness_quantum` steps turns out the most served composition whose tenure is over. So with P places and W blocked
-adapters ahead of it an adapter that is in RAM waits at most (W // P + 1) turns of at most 2 quanta each.
+Fairness: lines (the sequences of one composition) are served in the order of `WaitingQueue`. An overdue line, one of
+which nothing runs and that has waited for `fairness_quantum` steps, goes first and turns out running sequences whose
+turn is over, the most served before others; what it still lacks is given to nobody behind it. A turn is over
+    of an adapter (place, RAM)    `quantum` steps after it was given to sequences while none used it
+    of a sequence (slot, blocks)  `quantum` steps after the first token since its admission
+and a sequence that was turned out before its turn brought a token is not turned out again before the second kind of
+end: so every other turn brings at least a token, and nothing runs for ever without getting anywhere.
+
+So, with q the quantum, P places, N = max_num_seqs and W lines that have been idle for longer, a line whose adapters are
+in RAM runs at the latest after (C the steps in which the prompts of the turned out were computed, 0 for adapters that
+set nobody back)
+    (W // P + 2) · q          steps, when it lacks a place for one adapter,
+    (W // N + 2) · (q + C)    steps, when it lacks one of the N slots,
+    (W + 2) · (q + C)         steps, when it lacks KV blocks or places for several adapters,
+and later by its own loads from disk, with one more quantum for each that lets its turn go by.
 """
 
 import heapq
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,10 +32,10 @@ from loraplex.engine.adapter_cache import AdapterCache
 from loraplex.engine.adapter_places import AdapterPlaces
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.messages import Composition, Failure, FinishReason, SequenceOutput
+from loraplex.engine.messages import AdapterUse, Failure, FinishReason, SequenceOutput
 from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence, SequenceStatus
-from loraplex.engine.waiting_queue import WaitingQueue
+from loraplex.engine.waiting_queue import Line, WaitingQueue
 
 if TYPE_CHECKING:
     from loraplex.engine.adapter_loads import FinishedLoad
@@ -33,12 +46,11 @@ class StartsLoads(Protocol):
     def start(self, digest: str) -> None: ...
 
 
-class Blocked(Enum):
-    """Why a waiting composition cannot run."""
+class Obstacle(Enum):
+    """What is in the way of a sequence whose adapters are in RAM."""
 
-    ADAPTER = auto()  # RAM or place: adapters in use are in the way
-    SEQUENCES = auto()  # max_num_seqs or KV blocks: sequences are in the way
-    NOT_NOW = auto()  # its load is under way, or the step's token budget is spent
+    PLACES = auto()  # other adapters in the pool
+    SEQUENCES = auto()  # other sequences, by number or by their KV blocks
 
 
 class Scheduler:
@@ -54,7 +66,7 @@ class Scheduler:
         self.cache = cache
         self.places = places
         self.blocks = blocks
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(config.fairness_quantum)
         self.running: list[Sequence] = []
         self.step = 0
         self.num_preemptions = 0
@@ -62,7 +74,6 @@ class Scheduler:
         self.num_prefix_hits = 0
         self._loads = loads
         self._loading: set[str] = set()
-        self._blocked: dict[Composition, tuple[int, Blocked]] = {}
         self._num_arrivals = 0
 
     # -- coming and going -------------------------------------------------------------------------------------
@@ -70,7 +81,7 @@ class Scheduler:
     def add(self, seq: Sequence) -> None:
         seq.arrival = self._num_arrivals
         self._num_arrivals += 1
-        self.waiting.push(seq)
+        self.waiting.push(seq, self.step)
 
     def abort(self, seq: Sequence) -> None:
         self._finish(seq, FinishReason.ABORT)
@@ -87,18 +98,16 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         self.step += 1
-        self._turn_out()
-        self._start_loads()
         draft = _Draft(self.config.max_num_batched_tokens)
+        lines = self.waiting.in_order(self.step)
+        self._start_loads(lines, draft)
         self._schedule_running(draft)
-        self._admit(draft)
-        for seq, num_tokens in draft.tokens.items():
-            self.waiting.serve(seq.request.composition, num_tokens)
+        self._admit(lines, draft)
         entries = [
             ScheduledSequence(seq, n, tuple(self.places.place_of(digest) for digest in seq.digests))
             for seq, n in draft.tokens.items()
         ]
-        entries.sort(key=lambda entry: (entry.places, entry.seq.arrival))
+        entries.sort(key=_segment_order)
         return ScheduledBatch(self.step, tuple(entries), tuple(draft.adapter_loads.items()))
 
     def update(self, batch: ScheduledBatch, results: list[RowResult]) -> list[SequenceOutput]:
@@ -117,6 +126,8 @@ class Scheduler:
             if is_last_chunk:
                 if result.token_id is not None:
                     seq.token_ids.append(result.token_id)
+                    if seq.first_token_step is None:
+                        seq.first_token_step = self.step
                 reason, stop_reason = self._finish_reason(seq)
                 if reason is not None:
                     self._finish(seq, reason)
@@ -135,7 +146,10 @@ class Scheduler:
         return outputs
 
     def fail(self, batch: ScheduledBatch, failure: Failure) -> list[SequenceOutput]:
-        """End every sequence of a step that went wrong. What it computed is not offered to others."""
+        """End every sequence of a step that went wrong. What it computed is not offered to others, and the adapters
+        it was to load may not have arrived in their places."""
+        for _, weights in batch.adapter_loads:
+            self.places.release(weights.digest)
         return [self._fail(e.seq, failure) for e in batch.entries if e.seq.status is SequenceStatus.RUNNING]
 
     def finish_load(self, load: "FinishedLoad") -> list[SequenceOutput]:
@@ -152,58 +166,57 @@ class Scheduler:
         failure = Failure("adapter_load_failed", message)
         return [self._fail(seq, failure) for seq in list(self.waiting) if load.digest in seq.digests]
 
+    def refuse_hopeless(self) -> list[SequenceOutput]:
+        """End the waiting sequences whose adapters can never stand in RAM together beside the pinned ones."""
+        if not self.cache.has_pins:
+            return []
+        hopeless = [seq for seq in self.waiting if not self.cache.can_ever_hold(seq.request.composition)]
+        message = (
+            "The adapter does not fit into RAM beside the pinned ones. Unpin some, or start the server with a larger "
+            "--adapter-cache-bytes."
+        )
+        return [self._fail(seq, Failure("adapter_too_large", message)) for seq in hopeless]
+
     # -- parts of schedule() ----------------------------------------------------------------------------------
 
-    def _turn_out(self) -> None:
-        quantum = self.config.fairness_quantum
-        for composition in self.waiting.compositions():
-            since, why = self._blocked.get(composition, (self.step, Blocked.NOT_NOW))
-            if self.step - since < quantum:
-                continue
-            for seq in self._victims(composition, why):
-                self._preempt(seq)
+    def _start_loads(self, lines: list[Line], draft: "_Draft") -> None:
+        """Look ahead over the queue in the order of service and bring adapters into RAM.
 
-    def _victims(self, composition: Composition, why: Blocked) -> list[Sequence]:
-        """Running sequences whose turn is over, to make way for `composition`; [] when there are none."""
-        floor = self.waiting.served(composition)
-        over = [
-            seq
-            for seq in self.running
-            if self.step - seq.admitted_step >= self.config.fairness_quantum
-            and self.waiting.served(seq.request.composition) >= floor
-        ]
-        if why is Blocked.ADAPTER:
-            over = [
-                seq
-                for seq in self.running
-                if seq.digests
-                and self.waiting.served(seq.request.composition) >= floor
-                and all(self.step - self.places.since(d) >= self.config.fairness_quantum for d in seq.digests)
-            ]
-        if not over:
-            return []
-        chosen = max(over, key=lambda seq: (self.waiting.served(seq.request.composition), seq.arrival))
-        if why is Blocked.SEQUENCES:
-            return [chosen]
-        digests = set(chosen.digests)
-        return [seq for seq in self.running if digests & set(seq.digests)]
-
-    def _start_loads(self) -> None:
-        """Look ahead over the queue in the order of service and bring adapters into RAM. What comes earlier keeps its
-        room: nothing it needs is evicted for something later."""
+        What comes earlier keeps its room: nothing it needs is evicted for something later, and nothing later is loaded
+        past one that finds no room, or a large adapter would never find any. Only the first line that needs a load
+        turns others out for it: those before it are about to run and free some.
+        """
         protected: set[str] = set()
-        for composition in self.waiting.compositions():
-            for use in composition:
-                protected.add(use.digest)
-                if use.digest in self.cache or use.digest in self._loading:
-                    continue
+        is_first = True
+        for line in lines:
+            protected |= line.digests
+            missing = [u for u in line.composition if u.digest not in self.cache and u.digest not in self._loading]
+            for use in missing:
                 if len(self._loading) >= self.config.max_concurrent_loads:
                     return
-                if not self.cache.reserve(use.digest, use.nbytes, protected):
-                    self._note_blocked(composition, Blocked.ADAPTER)
+                if not self._reserve(use, line, protected, draft, may_turn_out=is_first):
                     return
                 self._loading.add(use.digest)
                 self._loads.start(use.digest)
+            if line.digests and all(digest in self.cache for digest in line.digests):
+                is_first = False
+
+    def _reserve(
+        self, use: AdapterUse, line: Line, protected: Collection[str], draft: "_Draft", *, may_turn_out: bool
+    ) -> bool:
+        if self.cache.reserve(use.digest, use.nbytes, protected):
+            return True
+        if not may_turn_out or not self.waiting.is_overdue(line, self.step):
+            return False
+
+        def is_enough(leaving: list[Sequence]) -> bool:
+            in_use = {digest for seq in self.running if seq not in leaving for digest in seq.digests}
+            return self.cache.can_reserve(use.nbytes, protected, self.cache.leased - in_use)
+
+        if self._turn_out(self._adapters_due(protected), is_enough, draft):
+            return self.cache.reserve(use.digest, use.nbytes, protected)
+        draft.keeps_adapters = True
+        return False
 
     def _schedule_running(self, draft: "_Draft") -> None:
         # Decodes first: a long prompt's chunk takes what is left of the budget, never another stream's next token.
@@ -211,57 +224,120 @@ class Scheduler:
             if seq.status is not SequenceStatus.RUNNING:  # preempted for another one a moment ago
                 continue
             num_new_tokens = min(seq.num_new_tokens, draft.budget)
-            if num_new_tokens == 0:
-                continue
-            if self._make_room(seq, seq.num_computed_tokens + num_new_tokens, draft):
-                draft.take(seq, num_new_tokens)
+            if num_new_tokens and self._make_room(seq, seq.num_computed_tokens + num_new_tokens, draft):
+                self._take(seq, num_new_tokens, draft)
 
     def _make_room(self, seq: Sequence, num_tokens: int, draft: "_Draft") -> bool:
-        """Grow the blocks of a running sequence, preempting the youngest until they suffice. False: it was `seq`."""
+        """Grow the blocks of a running sequence, preempting others until they suffice. False: it was `seq`.
+
+        The youngest goes first, for it loses least; those that lost a turn already go last, the earliest arrival last
+        of all, so that it gets its token.
+        """
         while not self.blocks.grow(seq, num_tokens):
-            victim = max(self.running, key=lambda other: (other.admitted_step, other.arrival))
-            draft.give_back(victim)
-            self._preempt(victim)
+            victim = max(
+                self.running,
+                key=lambda s: (not s.was_set_back, 0 if s.was_set_back else s.admitted_step, s.arrival),
+            )
+            self._preempt(victim, draft)
             if victim is seq:
                 return False
         return True
 
-    def _admit(self, draft: "_Draft") -> None:
-        heap = [(self.waiting.served(c), i, c) for i, c in enumerate(self.waiting.compositions())]
+    def _admit(self, lines: list[Line], draft: "_Draft") -> None:
+        heap = [(self.waiting.turn(line, self.step), line) for line in lines]
         heapq.heapify(heap)
         while heap:
-            _, order, composition = heapq.heappop(heap)
-            seq = self.waiting.head(composition)
-            assert seq is not None
-            why = self._try_admit(seq, draft)
-            if why is not None:
-                self._note_blocked(composition, why)
+            line = heapq.heappop(heap)[-1]
+            seq = line.waiting[0]
+            is_overdue = self.waiting.is_overdue(line, self.step)
+            if not is_overdue and (draft.budget == 0 or len(self.running) >= self.config.max_num_seqs):
+                return  # nor is any line after it
+            if any(digest not in self.cache for digest in line.digests):
+                continue  # its load is under way or cannot begin yet
+            if draft.keeps_adapters and any(not self.cache.num_leases(digest) for digest in line.digests):
                 continue
-            self._blocked.pop(composition, None)
-            if self.waiting.head(composition) is not None:
-                tokens = sum(n for other, n in draft.tokens.items() if other.request.composition == composition)
-                heapq.heappush(heap, (self.waiting.served(composition) + tokens, order, composition))
+            obstacle = self._obstacle(seq)
+            if obstacle is not None and is_overdue and self._make_way(seq, obstacle, draft):
+                obstacle = None
+            if obstacle is None and draft.budget:
+                self._start(line, draft)
+                if line.waiting:
+                    heapq.heappush(heap, (self.waiting.turn(line, self.step), line))
+            elif is_overdue and obstacle is Obstacle.SEQUENCES:
+                return  # the next blocks and the next slot are its own
+            elif is_overdue and obstacle is Obstacle.PLACES:
+                draft.keeps_adapters = True
 
-    def _try_admit(self, seq: Sequence, draft: "_Draft") -> Blocked | None:
-        if len(self.running) >= self.config.max_num_seqs:
-            return Blocked.SEQUENCES
-        if draft.budget == 0 or any(digest not in self.cache for digest in seq.digests):
-            return Blocked.NOT_NOW
-        in_use = {digest for other in self.running for digest in other.digests}
+    def _obstacle(self, seq: Sequence, leaving: Collection[Sequence] = ()) -> Obstacle | None:
+        """What keeps a waiting `seq` from running, once the running sequences `leaving` are gone."""
+        in_use = (
+            {digest for other in self.running if other not in leaving for digest in other.digests}
+            if leaving
+            else self.cache.leased
+        )
         if not self.places.can_hold(seq.digests, in_use):
-            return Blocked.ADAPTER
-        shared = self.blocks.match_prefix(seq)
-        if not self.blocks.can_allocate(self.blocks.num_blocks_for(seq.num_tokens) - len(shared), shared):
-            return Blocked.SEQUENCES
-        self.waiting.admit(seq.request.composition)
+            return Obstacle.PLACES
+        if len(self.running) - len(leaving) >= self.config.max_num_seqs or not self.blocks.can_hold(seq, leaving):
+            return Obstacle.SEQUENCES
+        return None
+
+    def _make_way(self, seq: Sequence, obstacle: Obstacle, draft: "_Draft") -> bool:
+        """Turn out running sequences whose turn is over until `seq` can run, in this very step."""
+
+        def is_enough(leaving: list[Sequence]) -> bool:
+            budget = draft.budget + sum(draft.tokens.get(other, 0) for other in leaving)
+            return budget > 0 and self._obstacle(seq, leaving) is None
+
+        due = self._adapters_due(seq.digests) if obstacle is Obstacle.PLACES else []
+        return self._turn_out([*due, *self._sequences_due()], is_enough, draft)
+
+    def _turn_out(
+        self, groups: Iterable[list[Sequence]], is_enough: Callable[[list[Sequence]], bool], draft: "_Draft"
+    ) -> bool:
+        """Preempt group after group until it `is_enough`; False and nothing changed when all of them are not."""
+        leaving: list[Sequence] = []
+        for group in groups:
+            leaving += [seq for seq in group if seq not in leaving]
+            if is_enough(leaving):
+                for seq in leaving:
+                    self._preempt(seq, draft)
+                return True
+        return False
+
+    def _adapters_due(self, wanted: Collection[str]) -> list[list[Sequence]]:
+        """The sequences of each adapter whose turn is over and that is not `wanted`, the most served first."""
+        groups = []
+        for digest in self.cache.leased.difference(wanted):
+            if self.step - self.places.since(digest) >= self.config.fairness_quantum:
+                users = [seq for seq in self.running if digest in seq.digests]
+                if all(not seq.was_set_back or self._is_due(seq) for seq in users):
+                    groups.append(users)
+        return sorted(groups, key=lambda users: max(map(self._cost, users)), reverse=True)
+
+    def _sequences_due(self) -> list[list[Sequence]]:
+        """Each sequence whose turn is over, the most served first."""
+        return [[seq] for seq in sorted(filter(self._is_due, self.running), key=self._cost, reverse=True)]
+
+    def _is_due(self, seq: Sequence) -> bool:
+        return seq.first_token_step is not None and self.step - seq.first_token_step >= self.config.fairness_quantum
+
+    def _cost(self, seq: Sequence) -> tuple[int, int]:
+        return self.waiting.line_of(seq).served, seq.arrival
+
+    def _start(self, line: Line, draft: "_Draft") -> None:
+        """Admit the head of `line`: it takes its leases, places and all its blocks at once."""
+        seq = line.waiting[0]
+        in_use = self.cache.leased
         for digest in seq.digests:
             self.cache.acquire(digest)
             if digest not in self.places:
-                place = self.places.assign(digest, in_use | set(seq.digests), self.step)
+                place = self.places.assign(digest, in_use | line.digests, self.step)
                 draft.adapter_loads[place] = self.cache.peek(digest)
             elif digest not in in_use:
                 self.places.renew(digest, self.step)
-        self.blocks.share(seq, shared)
+        self.blocks.share(seq, self.blocks.match_prefix(seq))
+        has_room = self.blocks.grow(seq, seq.num_tokens)
+        assert has_room, "can_hold promised these blocks"
         if not seq.was_admitted:
             seq.num_cached_tokens = min(seq.num_computed_tokens, seq.num_prompt_tokens)
             self.num_prefix_queries += seq.num_prompt_tokens
@@ -269,27 +345,23 @@ class Scheduler:
         seq.was_admitted = True
         seq.status = SequenceStatus.RUNNING
         seq.admitted_step = self.step
+        seq.first_token_step = None
+        self.waiting.admit(line)
         self.running.append(seq)
-        num_new_tokens = min(seq.num_new_tokens, draft.budget)
-        has_room = self.blocks.grow(seq, seq.num_computed_tokens + num_new_tokens)
-        assert has_room, "can_allocate promised these blocks"
-        draft.take(seq, num_new_tokens)
-        return None
+        self._take(seq, min(seq.num_new_tokens, draft.budget), draft)
 
-    def _note_blocked(self, composition: Composition, why: Blocked) -> None:
-        """Remember since when a composition that nothing runs of is kept from running."""
-        if why is Blocked.NOT_NOW or self.waiting.num_running(composition):
-            return
-        since, _ = self._blocked.get(composition, (self.step, why))
-        self._blocked[composition] = (since, why)
+    def _take(self, seq: Sequence, num_tokens: int, draft: "_Draft") -> None:
+        draft.take(seq, num_tokens)
+        self.waiting.line_of(seq).served += num_tokens
 
-    def _preempt(self, seq: Sequence) -> None:
+    def _preempt(self, seq: Sequence, draft: "_Draft") -> None:
         self.num_preemptions += 1
+        self.waiting.line_of(seq).served -= draft.give_back(seq)
         self.running.remove(seq)
         self._let_go(seq)
         seq.status = SequenceStatus.WAITING
-        self.waiting.push(seq, front=True)  # before stop_running: what it was served still counts
-        self.waiting.stop_running(seq)
+        seq.was_set_back = seq.first_token_step is None
+        self.waiting.preempt(seq, self.step)
 
     # -- ends -------------------------------------------------------------------------------------------------
 
@@ -313,13 +385,11 @@ class Scheduler:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
             self._let_go(seq)
-            self.waiting.stop_running(seq)
+            self.waiting.stop_running(seq, self.step)
         else:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         seq.finish_reason = reason
-        if self.waiting.head(seq.request.composition) is None:
-            self._blocked.pop(seq.request.composition, None)
 
     def _let_go(self, seq: Sequence) -> None:
         self.blocks.free(seq)
@@ -341,16 +411,27 @@ class Scheduler:
 
 
 class _Draft:
-    """A batch in the making: the tokens given out so far and what is left of the budget."""
+    """A batch in the making: the tokens given out so far and what is left of the budget.
+
+    `keeps_adapters`: an overdue line lacks places or RAM, so no adapter that is not in use is taken into use.
+    """
 
     def __init__(self, budget: int):
         self.budget = budget
         self.tokens: dict[Sequence, int] = {}
         self.adapter_loads: dict[int, LoRAWeights] = {}
+        self.keeps_adapters = False
 
     def take(self, seq: Sequence, num_tokens: int) -> None:
         self.tokens[seq] = num_tokens
         self.budget -= num_tokens
 
-    def give_back(self, seq: Sequence) -> None:
-        self.budget += self.tokens.pop(seq, 0)
+    def give_back(self, seq: Sequence) -> int:
+        num_tokens = self.tokens.pop(seq, 0)
+        self.budget += num_tokens
+        return num_tokens
+
+
+def _segment_order(entry: ScheduledSequence) -> tuple:
+    """One composition's tokens are neighbours, and so are one adapter's, whatever its scale."""
+    return entry.places, [use.scale for use in entry.seq.request.composition], entry.seq.arrival

@@ -33,8 +33,12 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.num_committed_blocks = 0
-        self.admitted_step = -1
+        self.digests = tuple(use.digest for use in request.composition)
         self.was_admitted = False
+        # The present turn, from an admission to the next preemption.
+        self.admitted_step = -1
+        self.first_token_step: int | None = None  # None while what was known at the admission is being computed
+        self.was_set_back = False  # the last turn ended before it brought a token
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -53,10 +57,6 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
-
-    @property
-    def digests(self) -> tuple[str, ...]:
-        return tuple(use.digest for use in self.request.composition)
 
     @property
     def wants_prompt_logprobs(self) -> bool:
