@@ -50,11 +50,13 @@ class World:
     is_batch_invariant: bool
     adapters: dict[str, LoRAWeights] = field(default_factory=dict)
 
-    def add_adapters(self, ranks: Sequence[int], only: Iterable[str] | None = None, first_seed: int = 1) -> list[str]:
+    def add_adapters(
+        self, ranks: Sequence[int], only: Iterable[str] | None = None, first_seed: int = 1, **kwargs
+    ) -> list[str]:
         """Random adapters of these ranks; returns their digests."""
         digests = []
         for seed, rank in enumerate(ranks, first_seed):
-            weights = tiny.make_adapter(self.base.targets, rank=rank, seed=seed, only=only)
+            weights = tiny.make_adapter(self.base.targets, rank=rank, seed=seed, only=only, **kwargs)
             self.adapters[weights.digest] = weights
             digests.append(weights.digest)
         return digests

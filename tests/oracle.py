@@ -32,9 +32,15 @@ class Oracle:
 
     def _delta_hook(self, weights: LoRAWeights, name: str, scale: float):
         shape, delta = self.targets[name], weights.modules[name]
+        gain, shift = weights.vectors(shape)
         a, b = weights.a(shape).float(), weights.bt(shape).float().T
 
         def hook(module, inputs, output):
+            if gain is not None:
+                bias = 0 if module.bias is None else module.bias
+                output = bias + gain * (output - bias)
+            if shift is not None:
+                output = output + shift
             shrunk = a[inputs[0]] if shape.kind == "embedding" else inputs[0].float() @ a.T
             return output + (scale * delta.scaling * shrunk @ b.T).to(output.dtype)
 

@@ -80,6 +80,7 @@ def make_adapter(
     kinds: Iterable[str] = ("linear",),
     dtype: torch.dtype = torch.float32,
     digest: str | None = None,
+    has_vectors: bool = False,
 ) -> LoRAWeights:
     """A random adapter on the targets of these `kinds` whose last name part is in `only` (None: all)."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +91,9 @@ def make_adapter(
             shape,
             torch.randn(rank, shape.in_features, generator=generator) / shape.in_features**0.5,
             torch.randn(shape.out_features, rank, generator=generator) * 0.3,
-            scaling,
+            scaling * shape.output_scale,
+            gain=1 + 0.3 * torch.randn(shape.out_features, generator=generator) if has_vectors else None,
+            shift=0.1 * torch.randn(shape.out_features, generator=generator) if has_vectors else None,
         )
         for shape in chosen
     ]

@@ -37,13 +37,14 @@ class Templates:
         self.world = world
         only = None if world.model_type != "gpt2" else ("c_attn", "c_fc", "c_proj")
         digests = world.add_adapters([rng.choice((1, 2, 4, 5, 8)) for _ in range(NUM_ADAPTERS)], only)
-        world.add_adapters([3], ("q_proj", "v_proj", "c_attn"), first_seed=99)
-        digests.append(list(world.adapters)[-1])
+        digests += world.add_adapters([3], ("q_proj", "v_proj", "c_attn"), first_seed=99)
+        both_ends = world.add_adapters([2], None, first_seed=98, kinds=("embedding", "head"))
+        with_gains = world.add_adapters([4], ("q_proj", "v_proj", "c_attn"), first_seed=97, has_vectors=True)
         prefixes = [random_ids(rng.choice((16, 24, 33)), seed=100 + i) for i in range(3)]
         self.requests: list[EngineRequest] = []
         for i in range(NUM_TEMPLATES):
             kind = i % 6
-            composition = world.use(None) if kind == 0 else world.use(rng.choice(digests))
+            composition = world.use(None) if kind == 0 else world.use(rng.choice(digests + both_ends + with_gains))
             if kind == 5:  # two adapters with scales: overlapping segments
                 first, second = rng.sample(digests, 2)
                 composition = (*world.use(first, 0.5), *world.use(second, 1.5))
@@ -175,16 +176,16 @@ def run_schedules(templates: Templates, count: int = 12) -> None:
 
 
 def test_notices_a_segment_boundary_moved_by_one(llama: Templates, monkeypatch: pytest.MonkeyPatch):
-    write = batch.BatchBuffers._write_segments
+    build = batch.SegmentBuffers.build
 
-    def off_by_one(self, scheduled, pool):
-        segments, vectors = write(self, scheduled, pool)
-        if segments is not None and segments.num_rows > len(segments.start):
-            longest = int((segments.end - segments.start).argmax())
-            segments.start[longest] += 1
-        return segments, vectors
+    def off_by_one(self, scheduled, bounds, pool):
+        step = build(self, scheduled, bounds, pool)
+        if step is not None and step.segments.num_rows > len(step.spans):
+            longest = int((step.segments.end - step.segments.start).argmax())
+            step.segments.start[longest] += 1
+        return step
 
-    monkeypatch.setattr(batch.BatchBuffers, "_write_segments", off_by_one)
+    monkeypatch.setattr(batch.SegmentBuffers, "build", off_by_one)
     with pytest.raises(AssertionError):
         run_schedules(llama)
 

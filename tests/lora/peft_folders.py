@@ -10,23 +10,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME
 from loraplex.lora.reader import AdapterReader, WeightOf
 from loraplex.lora.weights import ModuleShape
+from loraplex.model.lora_layers import lora_targets
 from tiny import make_model
 
 
 def targets_of(model: torch.nn.Module) -> dict[str, ModuleShape]:
-    """Every Linear and Conv1D of `model` as a LoRA target."""
-    targets: dict[str, ModuleShape] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            targets[name] = ModuleShape(name, module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            targets[name] = ModuleShape(name, *module.weight.shape)
-    return targets
+    """The LoRA targets of `model`."""
+    return lora_targets(model)
 
 
 @dataclass(frozen=True)

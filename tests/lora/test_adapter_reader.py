@@ -214,7 +214,8 @@ def test_a_copy_of_another_vocabulary_is_refused(llama: Base, tmp_path: Path):
 
 
 def test_dora_on_an_embedding_is_refused(llama: Base, tmp_path: Path):
-    adapter = save_with_ends(llama, tmp_path / "adapter").set(use_dora=True)
+    save_with_peft(llama, tmp_path / "adapter", r=2, target_modules=["embed_tokens"])
+    adapter = Adapter(tmp_path / "adapter", llama).set(use_dora=True)
     check_refuses(adapter, "DoRA", "model.embed_tokens", "not served yet")
 
 

@@ -50,8 +50,12 @@ def test_the_slab_of_a_check_is_as_large_as_the_one_that_is_served(llama: Base, 
     """The registry's figure, by which RAM is reserved, comes from the check."""
     save_with_peft(llama, tmp_path / "adapter", r=4, use_dora=True, target_modules=["q_proj"])
     checked = Adapter(tmp_path / "adapter", llama).reader().check(tmp_path / "adapter")
-    weight_of = {name: weight_and_bias(make_model("llama").get_submodule(name))[0] for name in llama.targets}
-    served = stored(tmp_path / "adapter", tmp_path, llama, weight_of.__getitem__)
+    model = llama.model()
+
+    def weight_of(name: str) -> torch.Tensor:
+        return weight_and_bias(model.get_submodule(name))[0]
+
+    served = stored(tmp_path / "adapter", tmp_path, llama, weight_of)
     assert checked.facts.num_values == checked.plan.numel == served.slab.numel()
 
 
