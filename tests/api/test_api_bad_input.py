@@ -311,7 +311,7 @@ def test_weights_that_do_not_fit(client, green, tmp_path, spoil, texts):
         {"auto_mapping": {"base_model_class": "X", "parent_library": "evil.module"}},
         {"auto_map": {"AutoModel": "evil.Model"}},
         {"peft_type": "IA3"},
-        {"use_dora": True},
+        {"layer_replication": [[0, 1]]},
         {"r": "four"},
         {"r": -1},
         {"lora_alpha": 1e400},

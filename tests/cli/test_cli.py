@@ -1,18 +1,24 @@
 """The command line, as a person or a script uses it: real processes, a real server."""
 
 import json
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 import pytest
+import structlog
+
+from loraplex.cli import main
 
 ROOT = Path(__file__).parents[2]
 LORAPLEX = str(Path(sys.executable).parent / "loraplex")
@@ -26,7 +32,40 @@ def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, cwd="/")
 
 
-def assert_refused(done: subprocess.CompletedProcess[str], *texts: str) -> None:
+@dataclass
+class Done:
+    """What a command left, run inside this process."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Done]]:
+    """Runs commands in this process: no start-up time, and what they do is measured."""
+    for name in os.environ.keys() - ENVIRONMENT.keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("COLUMNS", "200")
+    handlers, level = logging.root.handlers[:], logging.root.level
+
+    def run_inside(*arguments: object, **env: str) -> Done:
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["loraplex", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            main()
+        out = capsys.readouterr()
+        return Done(int(exit.value.code or 0), out.out, out.err)
+
+    yield run_inside
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    structlog.reset_defaults()
+
+
+def assert_refused(done: Done | subprocess.CompletedProcess[str], *texts: str) -> None:
     """Exit code 2 and one line on stderr that helps."""
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert done.stdout == ""
@@ -105,28 +144,60 @@ def test_push_ls_rm(served: Served):
     assert_refused(gone, "'mine' was deleted")
 
 
-def test_what_the_server_refuses(served: Served, tmp_path):
+def test_the_same_inside(served: Served, inside):
     env = {"LORAPLEX_URL": served.url}
     upper = ROOT / "adapters" / "upper"
-    assert_refused(run("push", upper, "--name", "demo-base", env=env), "base model")
-    assert_refused(run("push", upper, "--name", "[/red] a b", env=env), "'[/red] a b' is not a valid name")
-    assert_refused(run("push", tmp_path, env=env), "adapter_config.json does not exist")
-    assert_refused(run("rm", "../../x?y", env=env), "")
+    assert inside("push", upper, "--name", "here", **env).stdout.startswith("here@1  rank ")
+    assert json.loads(inside("push", upper, "--name", "here", "--json", **env).stdout)["id"] == "here@1"
+    assert "here" in inside("ls", **env).stdout
+    assert json.loads(inside("rm", "here", "--json", **env).stdout)["deleted"] == ["here@1"]
+    inside("push", upper, "--name", "here", **env)
+    assert inside("rm", "here", **env).stdout == "deleted here@2\n"
+
+
+def test_what_the_server_refuses(served: Served, tmp_path, inside):
+    env = {"LORAPLEX_URL": served.url}
+    upper = ROOT / "adapters" / "upper"
+    assert_refused(inside("push", upper, "--name", "demo-base", **env), "base model")
+    assert_refused(inside("push", upper, "--name", "[/red] a b", **env), "'[/red] a b' is not a valid name")
+    assert_refused(inside("push", tmp_path, **env), "adapter_config.json does not exist")
+    assert_refused(inside("rm", "../../x?y", **env), "")
     spoilt = tmp_path / "spoilt"
     spoilt.mkdir()
     (spoilt / "adapter_config.json").write_bytes((upper / "adapter_config.json").read_bytes())
     (spoilt / "adapter_model.safetensors").write_bytes(b"PK\x03\x04" + b"\0" * 100)
-    assert_refused(run("push", spoilt, env=env), "pickle")
+    assert_refused(inside("push", spoilt, **env), "pickle")
 
 
-def test_no_server():
-    assert_refused(run("ls", env={"LORAPLEX_URL": "http://127.0.0.1:1"}), "No server answers", "LORAPLEX_URL")
-    assert_refused(run("ls", env={"LORAPLEX_URL": "nonsense"}), "LORAPLEX_URL")
+def test_no_server(inside):
+    assert_refused(inside("ls", LORAPLEX_URL="http://127.0.0.1:1"), "No server answers", "LORAPLEX_URL")
+    assert_refused(inside("ls", LORAPLEX_URL="nonsense"), "LORAPLEX_URL")
 
 
-def test_the_data_folder_is_taken(served: Served):
+def test_an_answer_that_is_no_servers(inside):
+    """LORAPLEX_URL may point at anything."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            for body in (b"<html>", b"[1]", b'{"detail": "no"}'):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(65536)
+                    head = b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+                    connection.sendall(head + body)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert_refused(inside("ls", LORAPLEX_URL=url), "404", "no JSON")
+        assert_refused(inside("ls", LORAPLEX_URL=url), "404", "[1]")
+        assert_refused(inside("rm", "x", LORAPLEX_URL=url), "404", "detail")
+        thread.join()
+
+
+def test_the_data_folder_is_taken(served: Served, inside):
     data = served.facts["data"]
-    assert_refused(run("serve", "--data-dir", data, "--port", "0"), "in use by another loraplex", "--data-dir")
+    assert_refused(inside("serve", "--data-dir", data, "--port", "0"), "in use by another loraplex", "--data-dir")
 
 
 # -- starting -------------------------------------------------------------------------------------------------
@@ -144,8 +215,36 @@ def test_the_data_folder_is_taken(served: Served):
         (("serve", "--adapters", "/nowhere"), ("--adapters", "not a folder")),
     ],
 )
-def test_what_serve_refuses(arguments, texts, tmp_path):
-    assert_refused(run(*arguments, env={"LORAPLEX_DATA_DIR": str(tmp_path / "d")}), *texts)
+def test_what_serve_refuses(arguments, texts, tmp_path, inside):
+    assert_refused(inside(*arguments, LORAPLEX_DATA_DIR=str(tmp_path / "d")), *texts)
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_serve_inside(inside, tmp_path, monkeypatch, is_terminal):
+    """From the start panel to the signal; the process is this one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setattr("rich.console.Console.is_terminal", is_terminal)
+
+    def stop_when_it_answers() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                if httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
+            except httpx2.TransportError:
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=stop_when_it_answers, daemon=True)
+    thread.start()
+    done = inside("serve", "--port", port, "--data-dir", tmp_path / "d", "--threads", 1, "--log-level", "warning")
+    thread.join()
+    assert done.returncode == 0
+    assert f"http://127.0.0.1:{port}/v1" in done.stdout
+    assert ("╭─ loraplex" in done.stdout) is is_terminal
+    assert "curl http" in done.stdout
+    assert "warning" not in done.stderr.lower()
 
 
 def test_plain_start_information_and_a_key(tmp_path):
@@ -185,8 +284,9 @@ def test_help_and_usage():
     assert run("serve", "--nonsense").returncode == 2
 
 
-def test_the_demo(tmp_path):
-    done = run("demo", "--json", "--prompts", "4", env={"TMPDIR": str(tmp_path)})
+def test_the_demo(tmp_path, inside, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    done = inside("demo", "--json", "--prompts", "4")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["adapters"]) >= 3
@@ -194,6 +294,12 @@ def test_the_demo(tmp_path):
         assert row["exact_match"] >= 0.5 > row["base_exact_match"] or row["exact_match"] > row["base_exact_match"]
     assert result["max_distinct"] >= 3
     assert not list(tmp_path.glob("loraplex-demo-*"))
+
+
+def test_the_demo_as_a_table(inside):
+    done = inside("demo", "--prompts", 1)
+    assert done.returncode == 0
+    assert all(word in done.stdout for word in ("exact match", "base alone", "upper", "sql", "in one batch"))
 
 
 # -- stopping -------------------------------------------------------------------------------------------------

@@ -79,7 +79,11 @@ def with_demo(flags: dict) -> dict:
 
 
 async def _serve(settings: Settings, started: float, *, as_json: bool) -> int:
-    listener = _bind(settings)
+    with _bind(settings) as listener:
+        return await _serve_on(listener, settings, started, as_json=as_json)
+
+
+async def _serve_on(listener: socket.socket, settings: Settings, started: float, *, as_json: bool) -> int:
     from loraplex.api.app import create_app  # seconds of imports: what can be refused without them is refused before
     from loraplex.service import Service
 
