@@ -135,7 +135,7 @@ class AdapterReader:
             )
         return result
 
-    def _check_copies(self, adapter_plan: AdapterPlan, header: SafetensorsHeader, data: bytearray) -> None:
+    def _check_copies(self, adapter_plan: AdapterPlan, header: SafetensorsHeader, data: memoryview) -> None:
         """Copies of the base's weights must be the base's, up to the rounding of the coarser of the two types."""
         for name, key in adapter_plan.copies.items():
             copy = _tensor(header.tensors[key], header.data_start, data)
@@ -215,7 +215,7 @@ def _read_file(path: Path, limit: int | None = None) -> memoryview:
     return data
 
 
-def _pairs(adapter_plan: AdapterPlan, header: SafetensorsHeader, data: bytearray) -> list[LoRAPair]:
+def _pairs(adapter_plan: AdapterPlan, header: SafetensorsHeader, data: memoryview) -> list[LoRAPair]:
     """The file's tensors by module. DoRA's magnitudes stand where the gains will be."""
 
     def tensor(key: str | None) -> torch.Tensor | None:

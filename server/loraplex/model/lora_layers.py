@@ -154,8 +154,8 @@ def lora_targets(model: nn.Module) -> dict[str, ModuleShape]:
             out_features, in_features = weight_and_bias(module)[0].shape
             targets[name] = ModuleShape(name, in_features, out_features, "head" if module is head else "linear")
         elif module is embedding and isinstance(module, nn.Embedding):
-            scale = getattr(module, "embed_scale", 1.0)
-            targets[name] = ModuleShape(name, *module.weight.shape, "embedding", float(scale))
+            scale = float(getattr(module, "embed_scale", 1.0))
+            targets[name] = ModuleShape(name, module.num_embeddings, module.embedding_dim, "embedding", scale)
     return targets
 
 

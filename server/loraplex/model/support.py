@@ -36,7 +36,7 @@ def check_config(config: PretrainedConfig) -> None:
             f"'{model_type}' with an encoder or cross-attention is no decoder-only model. {_INSTEAD}"
         )
     try:
-        architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
         raise UnsupportedModel(f"'{model_type}' has no causal language model in transformers. {_INSTEAD}") from None
     layer_types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
