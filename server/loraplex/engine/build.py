@@ -124,7 +124,7 @@ def assemble_engine(
         num_blocks=memory.kv_tokens // spec.block_size,
         max_loras=spec.max_loras,
         adapter_cache_bytes=spec.adapter_cache_bytes,
-        eos_token_ids=base.eos_token_ids | spec.extra_eos_token_ids,
+        eos_token_ids=_ends_within(base.eos_token_ids | spec.extra_eos_token_ids, base.vocab_size),
     )
     runner = ModelRunner(base, geometry, config)
     warm_up = getattr(runner.ops, "warm_up", None)
@@ -211,6 +211,11 @@ def available_memory(device: torch.device) -> int:
     except (OSError, ValueError):
         pass
     return max(0, available)
+
+
+def _ends_within(token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """Only those the model can produce: a tokenizer may name an end token that the embedding has no row for."""
+    return frozenset(token for token in token_ids if 0 <= token < vocab_size)
 
 
 def _max_model_len(spec: EngineSpec, base: BaseModel) -> int:
