@@ -8,6 +8,7 @@ it passes over what is leased, pinned or protected.
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cachetools import Cache, LRUCache
@@ -143,8 +144,10 @@ class AdapterCache(LRUCache):
             self._on_evict(digest)
 
     def clear(self) -> None:
-        for digest in list(self):
-            self.evict(digest)
+        """Let everything go that is neither leased nor pinned."""
+        with suppress(KeyError):
+            while True:
+                self.popitem()
 
     def _is_held(self, digest: str) -> bool:
         return bool(self._leases.get(digest)) or digest in self._pins

@@ -47,9 +47,9 @@ class Sampler:
         if params.logit_bias:
             ids, biases = zip(*params.logit_bias, strict=True)
             row.index_add_(0, torch.tensor(ids, device=row.device), torch.tensor(biases, device=row.device))
-        forbidden = self._forbidden(seq)
+        forbidden = [token for token in self._forbidden(seq) if token < len(row)]  # others cannot come anyway
         if forbidden:
-            row[torch.tensor(sorted(forbidden), device=row.device)] = -torch.inf
+            row[torch.tensor(forbidden, device=row.device)] = -torch.inf
         if params.has_penalties:
             _penalise(row, seq, params)
 

@@ -62,7 +62,8 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        """Below 1e-5 a division by the temperature could leave the range of float32, and no draw could differ."""
+        return self.temperature < 1e-5
 
     @property
     def has_penalties(self) -> bool:
