@@ -120,3 +120,20 @@ def test_the_operator_has_the_last_word_on_the_process(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     prepare_process(tmp_path)
     assert (os.environ["OMP_WAIT_POLICY"], os.environ["HF_HUB_OFFLINE"]) == ("ACTIVE", "1")
+
+
+def test_what_is_served_without_a_model_yields_to_the_environment(tmp_path, monkeypatch):
+    """The demo is the choice only where nobody chose, setting by setting."""
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "mine").mkdir()
+
+    def demo() -> dict:
+        return {"model": tmp_path / "demo", "served_model_name": "demo-base"}
+
+    assert Settings.load({}, without_model=demo).model == tmp_path / "demo"
+    monkeypatch.setenv("LORAPLEX_SERVED_MODEL_NAME", "other")
+    assert Settings.load({}, without_model=demo).base_name == "other"
+    monkeypatch.delenv("LORAPLEX_SERVED_MODEL_NAME")
+    monkeypatch.setenv("LORAPLEX_MODEL", str(tmp_path / "mine"))
+    settings = Settings.load({}, without_model=demo)
+    assert (settings.model, settings.base_name) == (tmp_path / "mine", "mine")

@@ -5,6 +5,7 @@ The only reader of argv and environment. Imports no torch, so that what must be 
 
 import os
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,9 +91,21 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @classmethod
-    def load(cls, flags: dict[str, Any], config_file: Path | None = None) -> "Settings":
-        """Settings from the flags that were given (None: not given). Raises StartupError naming the setting."""
+    def load(
+        cls,
+        flags: dict[str, Any],
+        config_file: Path | None = None,
+        without_model: Callable[[], dict[str, Any]] = dict,
+    ) -> "Settings":
+        """Settings from the flags that were given (None: not given). Raises StartupError naming the setting.
+
+        `without_model`: what is served when neither flags nor environment nor file name a model; each of these may
+        still be set by the environment.
+        """
         given = {name: value for name, value in flags.items() if value is not None}
+        if "model" not in given and config_file is None and _variable("model") not in os.environ:
+            chosen_for = {n: v for n, v in without_model().items() if _variable(n) not in os.environ}
+            given = {**chosen_for, **given}
         if config_file is not None and not config_file.is_file():
             raise StartupError(f"The configuration file {config_file} does not exist.")
         chosen = _with_file(cls, config_file)
@@ -103,7 +116,8 @@ class Settings(BaseSettings):
         except ValidationError as error:
             first = error.errors()[0]
             name = "--" + str(first["loc"][0] if first["loc"] else "model").replace("_", "-")
-            raise StartupError(f"{name}: {first['msg']}") from error
+            where = f" (in {config_file}, a flag or the environment)" if config_file is not None else ""
+            raise StartupError(f"{name}: {first['msg']}{where}") from error
         settings._check()
         return settings
 
@@ -133,6 +147,10 @@ class Settings(BaseSettings):
             return self.data_dir
         root = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
         return Path(root) / "loraplex"
+
+
+def _variable(name: str) -> str:
+    return f"LORAPLEX_{name.upper()}"
 
 
 def _with_file(settings: type[Settings], config_file: Path | None) -> type[Settings]:

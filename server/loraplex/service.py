@@ -35,6 +35,7 @@ from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
 from loraplex.lora.weights import ModuleShape
+from loraplex.model.loader import read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.routing.names import nearest_names, parse_model
 
@@ -95,6 +96,7 @@ class Service:
         cls, settings: Settings, on_death: Callable[[str], None] = lambda reason: None
     ) -> AsyncIterator["Service"]:
         """Load the base, open the store, register the operator's adapters. Raises StartupError."""
+        await asyncio.to_thread(read_config, settings.model)  # an architecture is refused before its tokenizer is read
         tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model, settings.chat_template)
         async with AsyncExitStack() as stack:
             data_dir = settings.resolved_data_dir

@@ -47,6 +47,7 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
         "num_modules": 6,
         "dtype": "F32",
         "source": "upload",
+        "is_new": True,
     }
     text = text_of(client, model="green", max_tokens=12)
     assert text != text_of(client, model="base", max_tokens=12)

@@ -38,7 +38,8 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
         metrics.uploads.labels("refused").inc()
         raise
     metrics.uploads.labels("created" if accepted.created else "unchanged").inc()
-    return JSONResponse(describe(accepted.version), 201 if accepted.created else 200)
+    facts = {**describe(accepted.version), "is_new": accepted.created}
+    return JSONResponse(facts, 201 if accepted.created else 200)
 
 
 async def _receive(request: Request, body: AdapterUpload) -> None:

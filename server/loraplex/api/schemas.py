@@ -196,6 +196,17 @@ class ChatMessage(BaseModel):
     role: Annotated[str, Field(max_length=64)]
     content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_CONTENT_PARTS)] | None = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_only(cls, content: Any) -> Any:
+        """Name what is not text, instead of listing every way in which it is not a TextPart."""
+        if isinstance(content, list):
+            for part in content[:MAX_CONTENT_PARTS]:
+                kind = part.get("type") if isinstance(part, dict) else None
+                if isinstance(kind, str) and kind != "text":
+                    raise ValueError(f"this server takes text only, not a part of type {kind[:40]!r}")
+        return content
+
     def to_template(self) -> dict[str, Any]:
         content = self.content
         if isinstance(content, list):

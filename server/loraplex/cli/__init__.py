@@ -1,21 +1,39 @@
 """The command line. The only place that prints. Heavy imports happen inside the commands, after `prepare_process`."""
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from loraplex import __version__
 from loraplex.cli import adapters, bench, demo, serve
 from loraplex.errors import LoraplexError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="An inference server for many LoRA adapters.")
+# No markup in help texts: it would swallow "[default: 8000]".
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("push")(adapters.push)
 app.command("ls")(adapters.ls)
 app.command("rm")(adapters.rm)
 app.add_typer(bench.app, name="bench")
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"loraplex {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def loraplex(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """An inference server for many LoRA adapters on one frozen base model."""
 
 
 def main() -> None:

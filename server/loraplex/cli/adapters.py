@@ -45,7 +45,9 @@ def push(
     if json_output:
         _print_json(reply)
     else:
-        Console().print(f"{reply['id']}  rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes")
+        news = "" if reply["is_new"] else "  (unchanged: the newest version has these very files)"
+        facts = f"rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes"
+        Console().print(f"{reply['id']}  {facts}{news}", highlight=False, soft_wrap=True)
 
 
 def ls(json_output: Json = False) -> None:

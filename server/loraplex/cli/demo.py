@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loraplex.cli.serve import configure_logging, with_demo
+from loraplex.cli.serve import configure_logging, demo_settings
 from loraplex.config import Settings, prepare_process
 from loraplex.errors import StartupError
 
@@ -25,7 +25,9 @@ def demo(
     prepare_process(Path(tempfile.gettempdir()) / "loraplex")
     configure_logging("warning", as_json=False)
     with tempfile.TemporaryDirectory(prefix="loraplex-demo-") as data_dir:
-        settings = Settings.load(with_demo({"data_dir": Path(data_dir), "max_num_seqs": 32}))
+        settings = Settings.load(
+            {**demo_settings(), "data_dir": Path(data_dir), "max_num_seqs": 32, "host": "127.0.0.1"}  # nothing listens
+        )
         if settings.adapters is None:
             raise StartupError("The demo's adapters are not here. Run it in a checkout of the project.")
         result = asyncio.run(_run(settings, prompts))

@@ -23,6 +23,7 @@ from structlog.tracebacks import ExceptionDictTransformer
 
 from loraplex import __version__
 from loraplex.config import Settings, prepare_process
+from loraplex.demo import paths
 from loraplex.errors import StartupError
 
 if TYPE_CHECKING:
@@ -35,11 +36,11 @@ def serve(
     lora_modules: Annotated[list[str] | None, typer.Option(help="name=path of a PEFT folder; repeatable.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Uploads and the registry.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     max_loras: Annotated[int | None, typer.Option(help="Adapters in one batch. [default: 8]")] = None,
-    max_lora_rank: Annotated[int | None, typer.Option(help="[default: 64]")] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="KV cache. [default: by free memory]")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 32]")] = None,
@@ -61,21 +62,18 @@ def serve(
         if name not in ("config", "json_output") and value not in (None, [])
     }
     started = time.perf_counter()
-    settings = Settings.load(flags if model or config else with_demo(flags), config)
+    settings = Settings.load(flags, config, demo_settings)
     prepare_process(settings.resolved_data_dir)
     configure_logging(settings.log_level, as_json=json_output or not sys.stderr.isatty())
     exit_code = asyncio.run(_serve(settings, started, as_json=json_output))
     raise typer.Exit(exit_code)
 
 
-def with_demo(flags: dict) -> dict:
-    """The settings of the demo: its base and, in a checkout, its adapters."""
-    from loraplex.demo import paths
-
-    chosen = {"model": paths.BASE_FOLDER, "served_model_name": paths.BASE_NAME, **flags}
-    if paths.adapters_folder() is not None:
-        chosen.setdefault("adapters", paths.adapters_folder())
-    return chosen
+def demo_settings() -> dict:
+    """The demo: its base and, in a checkout or a wheel, its adapters."""
+    chosen = {"model": paths.BASE_FOLDER, "served_model_name": paths.BASE_NAME}
+    folder = paths.adapters_folder()
+    return chosen if folder is None else {**chosen, "adapters": folder}
 
 
 async def _serve(settings: Settings, started: float, *, as_json: bool) -> int:
@@ -201,12 +199,12 @@ def start_facts(service: "Service", port: int, seconds: float) -> dict[str, str]
     auth = "" if settings.api_key is None else " -H 'Authorization: Bearer '$LORAPLEX_API_KEY"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     example = service.tokenizer.has_chat_template
-    body = {"model": names[0] if names else service.base_name, "max_tokens": 48, "temperature": 0}
-    body |= (
-        {"messages": [{"role": "user", "content": "a pilot sees the queen under the market"}]}
-        if example
-        else {"prompt": "Once upon a time"}
-    )
+    name = names[0] if names else service.base_name
+    text = "Once upon a time"
+    if service.base_name == paths.BASE_NAME and paths.EXAMPLE[0] in names:
+        name, text = paths.EXAMPLE
+    body = {"model": name, "max_tokens": 48, "temperature": 0}
+    body |= {"messages": [{"role": "user", "content": text}]} if example else {"prompt": text}
     path = "/v1/chat/completions" if example else "/v1/completions"
     return {
         "ready": f"in {seconds:.1f} s",

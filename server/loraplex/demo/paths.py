@@ -3,6 +3,8 @@
 from pathlib import Path
 
 BASE_NAME = "demo-base"
+EXAMPLE = ("upper", "a pilot sees the queen under the market")
+"""An adapter of the demo and a prompt that shows what it does."""
 BASE_FOLDER = Path(__file__).parent / "base"
 
 

@@ -60,6 +60,19 @@ def load_base(path: str | Path, dtype: torch.dtype, device: torch.device | str =
     """Load the checkpoint in the folder `path`. Raises StartupError (or UnsupportedModel by name, before weights are
     read). No network, no code from the checkpoint."""
     folder = Path(path)
+    read_config(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise StartupError(f"The weights of {folder} cannot be read: {error}") from error
+    generation = _generation_config(folder)
+    return wrap_model(model, device, generation)
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a model folder that can be served, as far as the config tells. Raises StartupError."""
     if not (folder / "config.json").is_file():
         raise StartupError(
             f"{folder} is not a model folder: it has no config.json. Give the folder of a transformers checkpoint "
@@ -70,14 +83,7 @@ def load_base(path: str | Path, dtype: torch.dtype, device: torch.device | str =
     except (OSError, ValueError) as error:
         raise StartupError(f"The config of {folder} cannot be read: {error}") from error
     check_config(config)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise StartupError(f"The weights of {folder} cannot be read: {error}") from error
-    generation = _generation_config(folder)
-    return wrap_model(model, device, generation)
+    return config
 
 
 def wrap_model(
