@@ -48,8 +48,8 @@ class BatchBuffers:
     def __init__(self, config: EngineConfig, device: torch.device):
         self._block_size = config.block_size
         self._device = device
-        num_tokens = config.max_num_batched_tokens + ROW_MULTIPLE
-        num_seqs = config.max_num_seqs
+        num_seqs = max(config.max_num_seqs, 2)  # the proof at load runs two side by side
+        num_tokens = max(config.max_num_batched_tokens, num_seqs) + ROW_MULTIPLE
         num_segments = num_seqs * config.max_loras
         max_blocks = -(-config.max_model_len // config.block_size)
         self._input_ids = np.zeros(num_tokens, np.int64)

@@ -81,7 +81,7 @@ def _run(
     seqs = {i: _sequence(i, token_ids[i], runner) for i in which}
     rows: dict[int, list[Tensor]] = {i: [] for i in which}
     called: set[int] = set()
-    most = runner.config.max_num_batched_tokens // len(which)
+    most = max(1, runner.config.max_num_batched_tokens // len(which))
     step = 0
     while any(seq.num_new_tokens for seq in seqs.values()):
         entries, order = [], []

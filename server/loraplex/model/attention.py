@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from loraplex.errors import UnsupportedModel
 from loraplex.ops import AttentionMetadata, LayerAttention, Ops
 
 ATTENTION_NAME = "loraplex_paged"
@@ -118,7 +119,10 @@ def paged_attention_forward(
     Source of the convention: transformers' AttentionInterface (`sdpa_attention_forward` has the same signature).
     """
     if paged is None:
-        raise RuntimeError("the model called attention without the step's metadata: it dropped keyword arguments")
+        raise UnsupportedModel(
+            f"{type(module).__name__} was called without the step's metadata: the model does not hand keyword "
+            "arguments down to its attention, so its keys and values cannot be paged."
+        )
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
     index: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(paged, GeometryProbe):
