@@ -188,10 +188,9 @@ def test_what_can_never_fit_is_refused_at_once(world: World):
 @pytest.mark.parametrize("num_seqs", [12, 4])
 def test_a_flood_on_three_adapters_starves_nobody(world: World, num_seqs: int):
     """Three adapters keep every place busy for ever. Each of the other 37 gets its first token within the bound that
-    the scheduler states: (W // P + 1) turns of at most two quanta each, W adapters ahead of it and P places."""
+    the scheduler states, (W // P + 2) quanta with W adapters ahead of it and P places, and one step for each load."""
     flood, others = list(world.adapters)[:3], list(world.adapters)[3:]
-    turns = len(others) // PLACES + 1
-    bound = turns * 2 * QUANTUM + 2 * NUM_ADAPTERS  # loads from RAM-less disk: at most a step or two each
+    bound = ((len(others) - 1) // PLACES + 2) * QUANTUM + NUM_ADAPTERS
     with world.engine(**small(world), max_num_seqs=num_seqs) as engine:
         driver = Driver(engine, check=False)
         count = 0

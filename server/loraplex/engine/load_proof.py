@@ -2,8 +2,8 @@
 
 Two sequences, each prefilled in two chunks and then decoded token by token, interleaved in the same batches through the
 paged cache, must equal the model's own forward pass at every position, and the attention hook must have been called by
-every attention layer. The same run, compared with each sequence alone, tells whether rows are bit-equal whatever else
-is in the batch.
+every attention layer. The same run, compared with each sequence alone, and a probe of the products tell whether rows
+are bit-equal whatever else is in the batch.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence
 from loraplex.errors import UnsupportedModel
+from loraplex.model.linear import is_row_invariant
+from loraplex.model.lora_layers import BaseLinear
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest difference allowed, as a share of the logits' range."""
@@ -71,7 +73,17 @@ def prove(runner: ModelRunner, reference: Reference) -> ProofResult:
             f"from its own forward pass by {error:.2g} of their range (allowed: {tolerance:g})."
         )
     alone = [_run(runner, reference.token_ids, (i,))[0][i] for i in (0, 1)]
-    return ProofResult(error, all(torch.equal(together[i], alone[i]) for i in (0, 1)))
+    is_same = all(torch.equal(together[i], alone[i]) for i in (0, 1))
+    return ProofResult(error, is_same and _products_are_invariant(runner))
+
+
+def _products_are_invariant(runner: ModelRunner) -> bool:
+    """The proof's few rows reach few of the kernels: so the base's products are probed, one of each shape."""
+    layers = {(m.in_features, m.out_features): m for m in runner.base.model.modules() if isinstance(m, BaseLinear)}
+    return all(
+        is_row_invariant(layer.product, layer.in_features, runner.base.dtype, runner.base.device)
+        for layer in layers.values()
+    )
 
 
 def _run(

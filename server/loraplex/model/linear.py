@@ -17,6 +17,8 @@ Product = Callable[[Tensor], Tensor]
 ROW_MULTIPLE = 4
 """Batches are padded to this many rows: packed float32 products at K = 2048 have a kernel of their own for M = 1."""
 
+_PROBED_ROWS = (1, 2, 5, 12, 20, 29, 34, 48, 64, 128, 250, 257)
+
 
 def make_product(weight: Tensor, bias: Tensor | None) -> Product:
     """The product for `weight` [out, in]. The weight is read, packed or kept; never written."""
@@ -31,6 +33,16 @@ def _can_pack() -> bool:
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
+
+
+@torch.inference_mode()
+def is_row_invariant(product: Product, in_features: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the product of a row has the same bits in batches of many sizes. A probe with random numbers: kernels
+    change with the number of rows, and where they do some last bit differs."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(_PROBED_ROWS), in_features, generator=generator).to(device, dtype)
+    whole = product(x)
+    return all(torch.equal(product(x[:count]), whole[:count]) for count in _PROBED_ROWS)
 
 
 class _PlainProduct:

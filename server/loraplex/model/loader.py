@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
@@ -62,11 +63,22 @@ def load_base(path: str | Path, dtype: torch.dtype, device: torch.device | str =
     folder = Path(path)
     read_config(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StartupError(f"The weights of {folder} cannot be read: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers has drawn them at random
+        raise StartupError(
+            f"The weights of {folder} lack {len(missing)} tensors that its config asks for, {missing[0]} among them. "
+            "Copy the checkpoint again, or give the config.json that belongs to it."
+        )
     generation = _generation_config(folder)
     return wrap_model(model, device, generation)
 
