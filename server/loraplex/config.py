@@ -179,7 +179,6 @@ def prepare_process(cache_dir: Path | None = None) -> None:
     region of 1.5 ms take 16 ms. numba's compiled kernels are kept where they can be written.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

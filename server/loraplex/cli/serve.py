@@ -46,7 +46,7 @@ def serve(
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 32]")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step. [default: 512]")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and output of one request.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: all cores]")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads. [default: all cores but one]")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of the base in requests.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file used instead of the model's.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Key that every request must bring.")] = None,

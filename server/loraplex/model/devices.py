@@ -28,8 +28,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_threads(threads: int | None, device: torch.device) -> int:
-    """Compute threads of the calling thread and its kernels; None: torch's own choice. Returns the number."""
-    count = threads if threads is not None else torch.get_num_threads()
+    """Compute threads of the calling thread and its kernels; returns the number.
+
+    None: one less than torch would take, so that the event loop has a core of its own. On two cores one thread was
+    faster than two even for a model of 124.7 M parameters (`bench/NOTES.md`).
+    """
+    count = threads if threads is not None else max(1, torch.get_num_threads() - 1)
     torch.set_num_threads(count)
     if device.type == "cpu":
         from loraplex.ops import numba_ops
