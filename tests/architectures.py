@@ -1,21 +1,9 @@
 """Tiny configs of every architecture that is said to be served, and of those that are refused by name."""
 
-from tiny import VOCAB
+from tiny import SHAPE, VOCAB
 
-_SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-_HEADS = {**_SHAPE, "head_dim": 32}
-_PLAIN = {name: value for name, value in _SHAPE.items() if name not in ("num_key_value_heads", "intermediate_size")}
+_HEADS = {**SHAPE, "head_dim": 32}
+_PLAIN = {name: value for name, value in SHAPE.items() if name not in ("num_key_value_heads", "intermediate_size")}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _LONG = {
     "rope_type": "longrope",
@@ -27,19 +15,19 @@ _LONG = {
 
 # name in the table -> (model_type, config, what it shows)
 SERVED: dict[str, tuple[str, dict, str]] = {
-    "llama": ("llama", {**_SHAPE}, "grouped-query attention"),
+    "llama": ("llama", {**SHAPE}, "grouped-query attention"),
     "llama, dynamic RoPE": (
         "llama",
-        {**_SHAPE, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        {**SHAPE, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
         "up to its original length",
     ),
-    "mistral": ("mistral", {**_SHAPE, "sliding_window": 24}, "sliding window"),
-    "mixtral": ("mixtral", {**_SHAPE, **_EXPERTS}, "experts; LoRA on attention"),
-    "qwen2": ("qwen2", {**_SHAPE}, "biases on q, k, v"),
+    "mistral": ("mistral", {**SHAPE, "sliding_window": 24}, "sliding window"),
+    "mixtral": ("mixtral", {**SHAPE, **_EXPERTS}, "experts; LoRA on attention"),
+    "qwen2": ("qwen2", {**SHAPE}, "biases on q, k, v"),
     "qwen2_moe": (
         "qwen2_moe",
         {
-            **_SHAPE,
+            **SHAPE,
             "moe_intermediate_size": 64,
             "shared_expert_intermediate_size": 64,
             "num_experts": 4,
@@ -65,11 +53,11 @@ SERVED: dict[str, tuple[str, dict, str]] = {
         {**_HEADS, "num_hidden_layers": 6, "sliding_window": 24, "vocab_size_per_layer_input": VOCAB},
         "head sizes that differ by layer",
     ),
-    "phi": ("phi", {**_SHAPE, "num_key_value_heads": 4}, "partial rotary"),
-    "phi3": ("phi3", {**_SHAPE}, "fused q, k, v and gate, up"),
+    "phi": ("phi", {**SHAPE, "num_key_value_heads": 4}, "partial rotary"),
+    "phi3": ("phi3", {**SHAPE}, "fused q, k, v and gate, up"),
     "phi3, longrope": (
         "phi3",
-        {**_SHAPE, "original_max_position_embeddings": 64, "rope_parameters": _LONG},
+        {**SHAPE, "original_max_position_embeddings": 64, "rope_parameters": _LONG},
         "frozen to the server's length",
     ),
     "gpt2": (
@@ -79,15 +67,15 @@ SERVED: dict[str, tuple[str, dict, str]] = {
     ),
     "gpt_neox": ("gpt_neox", {**_PLAIN, "intermediate_size": 128}, "fused query_key_value"),
     "opt": ("opt", {**_PLAIN, "ffn_dim": 128, "word_embed_proj_dim": 64}, "learned positions with an offset"),
-    "olmo2": ("olmo2", {**_SHAPE}, "norms after the blocks"),
-    "granite": ("granite", {**_SHAPE}, "scaled residuals and logits"),
-    "cohere2": ("cohere2", {**_SHAPE, "sliding_window": 24, "num_hidden_layers": 4}, "parallel blocks, mixed windows"),
-    "starcoder2": ("starcoder2", {**_SHAPE, "sliding_window": 24}, "sliding window, biases"),
+    "olmo2": ("olmo2", {**SHAPE}, "norms after the blocks"),
+    "granite": ("granite", {**SHAPE}, "scaled residuals and logits"),
+    "cohere2": ("cohere2", {**SHAPE, "sliding_window": 24, "num_hidden_layers": 4}, "parallel blocks, mixed windows"),
+    "starcoder2": ("starcoder2", {**SHAPE, "sliding_window": 24}, "sliding window, biases"),
     "gpt_oss": ("gpt_oss", {**_HEADS, **_EXPERTS, "sliding_window": 24}, "attention sinks; LoRA on attention"),
     "deepseek_v3": (
         "deepseek_v3",
         {
-            **_SHAPE,
+            **SHAPE,
             "num_key_value_heads": 4,
             "moe_intermediate_size": 64,
             "n_routed_experts": 4,
@@ -103,7 +91,7 @@ SERVED: dict[str, tuple[str, dict, str]] = {
         },
         "latent attention, K and V of different sizes; LoRA on attention",
     ),
-    "smollm3": ("smollm3", {**_SHAPE}, "layers without RoPE"),
+    "smollm3": ("smollm3", {**SHAPE}, "layers without RoPE"),
     "glm4": ("glm4", {**_HEADS}, "fused gate, up"),
     "llama4_text": (
         "llama4_text",

@@ -10,7 +10,7 @@ from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
 
 VOCAB = 128
 
-_SHAPE = {
+SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -24,10 +24,10 @@ _SHAPE = {
 }
 
 CONFIGS = {
-    "llama": {**_SHAPE, "tie_word_embeddings": False},
-    "qwen2": {**_SHAPE, "tie_word_embeddings": False},
-    "qwen3": {**_SHAPE, "head_dim": 32, "tie_word_embeddings": True},
-    "gemma2": {**_SHAPE, "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32},
+    "llama": {**SHAPE, "tie_word_embeddings": False},
+    "qwen2": {**SHAPE, "tie_word_embeddings": False},
+    "qwen3": {**SHAPE, "head_dim": 32, "tie_word_embeddings": True},
+    "gemma2": {**SHAPE, "head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 32},
     "gpt2": {
         "vocab_size": VOCAB,
         "n_embd": 64,
