@@ -15,6 +15,7 @@ from loraplex.errors import StartupError
 from loraplex.model import devices
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype
+from loraplex.model.linear import is_packed
 from loraplex.model.loader import BaseModel, wrap_model
 from loraplex.ops import LayerAttention
 
@@ -29,9 +30,13 @@ def base() -> BaseModel:
 
 
 @pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch):
+def memory(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    """Sets what is left after the linears' packed copies, which the plan takes off what the machine has."""
+    linears = (base.weight_of(name) for name, shape in base.targets.items() if shape.kind != "embedding")
+    packed = sum(weight.nbytes for weight in linears if is_packed(weight))
+
     def set_available(nbytes: int) -> None:
-        monkeypatch.setattr(build, "available_memory", lambda device: nbytes)
+        monkeypatch.setattr(build, "available_memory", lambda device: nbytes + packed)
 
     set_available(1 << 30)
     return set_available
@@ -45,6 +50,9 @@ def test_the_cache_is_no_larger_than_a_full_load(base: BaseModel, memory):
     assert plan.kv_tokens == 3 * 112, "whole blocks for each sequence"
     assert plan.kv_bytes == plan.kv_tokens * TOKEN_BYTES
     assert plan.weights_bytes == base.nbytes
+    assert plan.available_bytes == 1 << 30
+    embedding = base.vocab_size * 64 * 4
+    assert plan.packed_bytes in (0, sum(p.nbytes for p in base.model.parameters() if p.ndim == 2) - embedding)
     assert (plan.pool_bytes, plan.ram_bytes) == (0, 1 << 20), "on a CPU places share the RAM tier"
 
 

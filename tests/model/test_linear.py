@@ -64,7 +64,7 @@ def test_the_row_multiple_pads_what_the_product_would_treat_apart(monkeypatch: p
     weight, _ = matrices(64, 48, torch.float32)
     product = make_product(weight, None)
     if not isinstance(product, linear._PackedProduct):
-        assert not linear._can_pack()
+        assert not linear.is_packed(weight)
         return
     seen = []
     multiply = product._multiply
@@ -78,7 +78,7 @@ def test_the_way_without_packing(monkeypatch: pytest.MonkeyPatch):
     weight, bias = matrices(64, 48, torch.float32)
     x = torch.randn(5, 64)
     packed = make_product(weight, bias)(x)
-    monkeypatch.setattr(linear, "_can_pack", lambda: False)
+    monkeypatch.setattr(linear, "is_packed", lambda weight: False)
     plain = make_product(weight, bias)
     assert isinstance(plain, linear._PlainProduct)
     assert torch.equal(plain(x), nn.functional.linear(x, weight, bias))

@@ -213,7 +213,8 @@ def start_facts(service: "Service", port: int, seconds: float) -> dict[str, str]
         "proof": f"paged path equals the model's own to {info.proof_error:.1g} of its range; "
         f"batch invariant: {'yes' if info.is_batch_invariant else 'no'}",
         "adapters": f"{len(names)} ({shown or 'none yet'}); {config.max_loras} in one batch",
-        "memory": f"weights {_size(memory.weights_bytes)}, KV {_size(memory.kv_bytes)} = {memory.kv_tokens} tokens = "
+        "memory": f"weights {_size(memory.weights_bytes)} + {_size(memory.packed_bytes)} packed, "
+        f"KV {_size(memory.kv_bytes)} = {memory.kv_tokens} tokens = "
         f"{memory.kv_tokens // config.max_model_len} full requests, adapters in RAM up to {_size(memory.ram_bytes)}"
         + (f", device pool {_size(memory.pool_bytes)}" if memory.pool_bytes else ""),
         "data": str(settings.resolved_data_dir),

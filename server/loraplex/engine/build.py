@@ -20,6 +20,7 @@ from loraplex.lora.reader import WeightOf
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
+from loraplex.model.linear import is_packed
 from loraplex.model.loader import BaseModel, load_base, measure_geometry
 from loraplex.model.support import check_length, freeze_rope
 
@@ -52,9 +53,11 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes. `pool_bytes`: 0 where places share the RAM tier's memory (CPU)."""
+    """Bytes. `packed_bytes`: the linears' packed copies (CPU). `pool_bytes`: 0 where places share the RAM tier's memory
+    (CPU). `available_bytes`: what was left for KV cache and adapters."""
 
     weights_bytes: int
+    packed_bytes: int
     kv_bytes: int
     kv_tokens: int
     pool_bytes: int
@@ -156,7 +159,9 @@ def plan_memory(
     value = base.dtype.itemsize
     token_bytes = sum(layer.num_values for layer in geometry.values()) * value
     block_bytes = token_bytes * spec.block_size
-    available = available_memory(base.device)
+    linears = [base.weight_of(name) for name, shape in base.targets.items() if shape.kind != "embedding"]
+    packed_bytes = sum(weight.nbytes for weight in linears if is_packed(weight))
+    available = max(0, available_memory(base.device) - packed_bytes)
     full_load = -(-max_model_len // spec.block_size) * spec.max_num_seqs * block_bytes
     one_sequence = -(-max_model_len // spec.block_size) * block_bytes
     kv_bytes = spec.kv_cache_bytes
@@ -169,8 +174,8 @@ def plan_memory(
             f"{max_model_len} and needs {one_sequence} bytes. Give more, or set a smaller --max-model-len."
         )
     on_cpu = base.device.type == "cpu"
-    linears = (shape for shape in base.targets.values() if shape.kind == "linear")
-    per_value = sum(shape.in_features + shape.out_features for shape in linears) * value
+    shapes = (shape for shape in base.targets.values() if shape.kind == "linear")
+    per_value = sum(shape.in_features + shape.out_features for shape in shapes) * value
     pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.max_loras
     needed = num_blocks * block_bytes + (spec.adapter_cache_bytes if on_cpu else pool_bytes)
     if needed > available:
@@ -181,6 +186,7 @@ def plan_memory(
         )
     return MemoryPlan(
         weights_bytes=base.nbytes,
+        packed_bytes=packed_bytes,
         kv_bytes=num_blocks * block_bytes,
         kv_tokens=num_blocks * spec.block_size,
         pool_bytes=pool_bytes,

@@ -22,14 +22,17 @@ _PROBED_ROWS = (1, 2, 5, 12, 20, 29, 34, 48, 64, 128, 250, 257)
 
 def make_product(weight: Tensor, bias: Tensor | None) -> Product:
     """The product for `weight` [out, in]. The weight is read, packed or kept; never written."""
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _can_pack():
+    if is_packed(weight):
         return _PackedProduct(weight.detach(), None if bias is None else bias.detach())
     return _PlainProduct(weight.detach(), None if bias is None else bias.detach())
 
 
-def _can_pack() -> bool:
+def is_packed(weight: Tensor) -> bool:
+    """Whether `make_product` keeps a packed copy of `weight`, of the same size."""
     return (
-        torch.backends.mkldnn.is_available()
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
