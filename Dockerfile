@@ -1,14 +1,15 @@
-# loraplex in a container: CPU by default, no root, one volume.
+# loraplex in a container: no root, one volume.
 #
-#   docker build -t loraplex .
+#   docker build -t loraplex --build-arg TORCH_INDEX=... .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v loraplex-data:/data -e LORAPLEX_API_KEY loraplex
 #
 # The server listens on 0.0.0.0 here and therefore does not start without LORAPLEX_API_KEY.
 
 FROM python:3.12-slim AS build
 
-# Where torch comes from. The default has no CUDA in it. For the CUDA build: --build-arg TORCH_INDEX=https://pypi.org/simple
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Where torch comes from. Empty: pip's own index, whose Linux wheels carry CUDA (some gigabytes). For a CPU image give
+# the address of PyTorch's CPU wheels, which its installation page names.
+ARG TORCH_INDEX=""
 
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -16,7 +17,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 WORKDIR /src
 # torch in a layer of its own: it is the largest part and changes least. The range is pyproject.toml's.
 RUN python -m venv /opt/loraplex \
-    && /opt/loraplex/bin/pip install --index-url "${TORCH_INDEX}" "torch>=2.11,<2.14"
+    && /opt/loraplex/bin/pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "torch>=2.11,<2.14"
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY adapters adapters
