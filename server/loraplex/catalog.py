@@ -5,8 +5,8 @@
 Synchronous and thread-safe; the service calls it from worker threads.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +25,13 @@ REGISTRY_FILE = "registry.sqlite"
 
 @dataclass(frozen=True, slots=True)
 class Catalogued:
-    """An accepted adapter. `created` False: the name's newest version had these very files already."""
+    """An accepted adapter. `created` False: the name's newest version had these very files already. `ignored`: fields
+    of its config without effect on inference, each with the reason; `notes`: remarks for whoever sent it."""
 
     version: Version
     created: bool
+    ignored: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class AdapterCatalog:
@@ -75,7 +78,7 @@ class AdapterCatalog:
             source=source,
             new_version=True,
         )
-        return Catalogued(version, created)
+        return Catalogued(version, created, checked.config.ignored, checked.plan.notes)
 
     def add_folder(self, name: str, folder: Path) -> Catalogued:
         """Register an operator's PEFT folder as `name`."""
@@ -100,7 +103,7 @@ class AdapterCatalog:
     def get(self, name: str, version: int | None = None) -> Version:
         """Raises ModelNotFound, also for a version that was made for another base."""
         found = self.registry.get(name, version)
-        if found.base_fingerprint != self._info.fingerprint:
+        if not self.is_served(found):
             raise ModelNotFound(
                 f"{found.model_id!r} was checked on another base model than the one served now, so it is not served. "
                 "Push it again to have it checked on this one.",
@@ -122,10 +125,9 @@ class AdapterCatalog:
     def page(self, offset: int = 0, limit: int | None = None) -> Sequence[Version]:
         return self.registry.list(offset, limit)
 
-    @contextmanager
-    def hold(self, digest: str) -> Iterator[Path]:
-        with self.store.hold(digest) as path:
-            yield path
+    def hold(self, digest: str) -> AbstractContextManager[Path]:
+        """Keep the adapter's files on disk for the length of a `with` block."""
+        return self.store.hold(digest)
 
     def delete(self, name: str, version: int | None = None) -> Sequence[Version]:
         return self.registry.delete(name, version)

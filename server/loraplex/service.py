@@ -64,7 +64,6 @@ class GenerationRequest:
     messages: Sequence[dict] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    template_kwargs: dict | None = None
     add_special_tokens: bool = True
     max_tokens: int | None = None
     n: int = 1
@@ -77,12 +76,14 @@ class GenerationRequest:
 class Service:
     """Built by `Service.running(settings)`, which opens everything and closes it again."""
 
-    def __init__(self, settings: Settings, tokenizer: Tokenizer, engine: AsyncEngine, info: EngineInfo, catalog):
+    def __init__(
+        self, settings: Settings, tokenizer: Tokenizer, engine: AsyncEngine, info: EngineInfo, catalog: AdapterCatalog
+    ):
         self.settings = settings
         self.tokenizer = tokenizer
         self.engine = engine
         self.info = info
-        self.catalog: AdapterCatalog = catalog
+        self.catalog = catalog
         self.base_name = settings.base_name
         self.started_at = time.time()
         self.is_draining = False
@@ -160,12 +161,13 @@ class Service:
         self._check_open()
         if not 1 <= request.n <= MAX_CHOICES:
             raise InvalidRequest(f"n must lie between 1 and {MAX_CHOICES}, not {request.n}.", param="n")
+        self._check_named_tokens(request.params)
         lifetime = AsyncExitStack()
         try:
             resolved, composition, prompts = await asyncio.to_thread(self._prepare, request, lifetime)
             request_id = secrets.token_hex(12)
             requests = tuple(
-                self._engine_request(request, composition, token_ids, f"{request_id}-{p}-{j}", p, j)
+                self._engine_request(request, composition, token_ids, f"{request_id}-{p}-{j}", j)
                 for p, token_ids in enumerate(prompts)
                 for j in range(request.n)
             )
@@ -190,6 +192,16 @@ class Service:
             raise NotReady("The server is shutting down and takes no new requests.", code="draining")
         if not self.engine.is_alive:
             raise NotReady(f"The engine is not running: {self.engine.death or 'it was stopped'}.")
+
+    def _check_named_tokens(self, params: SamplingParams) -> None:
+        named = [("logit_bias", token) for token, _ in params.logit_bias]
+        named += [("stop_token_ids", token) for token in params.stop_token_ids]
+        for param, token in named:
+            if not 0 <= token < self.info.vocab_size:
+                raise InvalidRequest(
+                    f"{param} names the token {token}, outside the vocabulary (0 to {self.info.vocab_size - 1}).",
+                    param=param,
+                )
 
     def _reserve(self, num_sequences: int, lifetime: AsyncExitStack) -> None:
         """Count the request's sequences as long as it lives; refuse it when the queue would overflow."""
@@ -238,7 +250,6 @@ class Service:
                 request.messages,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
-                template_kwargs=request.template_kwargs,
             )
             return [self._checked(ids, request, "messages")]
         prompts = request.prompts or ()
@@ -276,21 +287,12 @@ class Service:
         composition: Composition,
         token_ids: tuple[int, ...],
         seq_id: str,
-        prompt_index: int,
         choice: int,
     ) -> EngineRequest:
         max_tokens = request.max_tokens
         if max_tokens is None:
             max_tokens = self.info.config.max_model_len - len(token_ids)
         seed = request.seed if request.seed is not None else secrets.randbits(63)
-        named = [("logit_bias", token) for token, _ in request.params.logit_bias]
-        named += [("stop_token_ids", token) for token in request.params.stop_token_ids]
-        for param, token in named:
-            if not 0 <= token < self.info.vocab_size:
-                raise InvalidRequest(
-                    f"{param} names the token {token}, outside the vocabulary (0 to {self.info.vocab_size - 1}).",
-                    param=param,
-                )
         params = replace(request.params, max_tokens=max_tokens, seed=seed)
         return EngineRequest(
             seq_id=seq_id,
@@ -352,6 +354,3 @@ def adapter_folders(settings: Settings) -> list[tuple[str, Path]]:
             if (path / "adapter_config.json").is_file()
         ]
     return folders + list(settings.lora_modules.items())
-
-
-__all__ = ["Catalogued", "GenerationRequest", "Resolved", "Service", "adapter_folders", "engine_spec"]

@@ -34,6 +34,9 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
     assert re.fullmatch("[0-9a-f]{64}", described.pop("digest"))
     assert described.pop("created") > 1e9
     assert described.pop("bytes") > 1000
+    ignored = described.pop("ignored")
+    assert "training" in ignored["inference_mode"] or "trainable" in ignored["inference_mode"]
+    assert all(ignored.values()), "each with its reason"
     assert described == {
         "id": "green@1",
         "object": "adapter",
@@ -48,6 +51,7 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
         "dtype": "F32",
         "source": "upload",
         "is_new": True,
+        "notes": [],
     }
     text = text_of(client, model="green", max_tokens=12)
     assert text != text_of(client, model="base", max_tokens=12)

@@ -19,6 +19,7 @@ from loraplex.errors import AdapterLoadFailed, LoraplexError
 class FakeWeights:
     digest: str
     nbytes: int
+    has_vectors: bool = False
 
 
 @dataclass(frozen=True)

@@ -168,3 +168,25 @@ def test_abort_at_any_moment(world: World):
         assert not outcomes["0"].tokens
         assert [len(outcomes[name].tokens) for name in "12"] == [4, 4]
         assert engine.blocks.num_free_blocks == engine.config.num_blocks
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.5,)])
+def test_an_adapter_with_gains_is_refused_in_a_composition_and_at_a_scale(world: World, scales: tuple[float, ...]):
+    """A gain acts on the base's whole product. The request is refused by itself; its neighbours get their tokens."""
+    plain = next(iter(world.adapters))
+    [gained] = world.add_adapters([3], first_seed=50, has_vectors=True)
+    names = (gained, plain)[: len(scales)]
+    composition = tuple(use for name, scale in zip(names, scales, strict=True) for use in world.use(name, scale))
+    with world.engine() as engine:
+        driver = Driver(engine)
+        driver.add(request("sum", random_ids(9, seed=1), composition))
+        driver.add(request("alone", random_ids(9, seed=1), world.use(gained)))
+        driver.add(request("plain", random_ids(9, seed=1), world.use(plain)))
+        outcomes = driver.run()
+        assert engine.last_error is None
+    del world.adapters[gained]
+    failure = outcomes["sum"].outputs[-1].failure
+    assert failure is not None
+    assert failure.code == "invalid_request"
+    assert "DoRA" in failure.message
+    assert [outcomes[name].finish_reason for name in ("alone", "plain")] == [FinishReason.LENGTH] * 2

@@ -186,7 +186,7 @@ def test_notices_a_segment_boundary_moved_by_one(llama: Templates, monkeypatch: 
         return step
 
     monkeypatch.setattr(batch.SegmentBuffers, "build", off_by_one)
-    with pytest.raises(AssertionError):
+    with pytest.raises(IsolationBroken):
         run_schedules(llama)
 
 
@@ -223,7 +223,7 @@ def test_notices_a_position_off_by_one(llama: Templates, monkeypatch: pytest.Mon
             self._positions[token] += 1
 
     monkeypatch.setattr(batch.BatchBuffers, "_write_tokens", shifted)
-    with pytest.raises(AssertionError):
+    with pytest.raises(IsolationBroken):
         run_schedules(llama)
 
 

@@ -355,7 +355,7 @@ def test_abort_in_every_state():
         rig.scheduler.check_integrity()
     rig.steps(5)
     assert not rig.scheduler.sequences
-    assert not rig.scheduler.is_loading
+    assert not rig.loads.under_way
     assert "x" in rig.cache, "its load ended after it"
     assert not rig.cache.leased
     assert rig.blocks.num_free_blocks == 32

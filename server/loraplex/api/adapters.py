@@ -38,8 +38,13 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
         metrics.uploads.labels("refused").inc()
         raise
     metrics.uploads.labels("created" if accepted.created else "unchanged").inc()
-    facts = {**describe(accepted.version), "is_new": accepted.created}
-    return JSONResponse(facts, 201 if accepted.created else 200)
+    report = {
+        **describe(accepted.version),
+        "is_new": accepted.created,
+        "ignored": dict(accepted.ignored),
+        "notes": list(accepted.notes),
+    }
+    return JSONResponse(report, 201 if accepted.created else 200)
 
 
 async def _receive(request: Request, body: AdapterUpload) -> None:

@@ -38,7 +38,6 @@ class EngineStats:
     ram_digests: tuple[str, ...]
     device_digests: tuple[str, ...]
     waiting_digests: tuple[str, ...]
-    running_digests: tuple[str, ...]
     max_distinct_adapters: int  # most adapters that ran in one step so far
 
 
@@ -172,7 +171,6 @@ class Engine:
             device_digests=tuple(self.places.digests),
             waiting_digests=tuple({d for seq in scheduler.waiting for d in seq.digests}),
             max_distinct_adapters=self._max_distinct,
-            running_digests=tuple({d for seq in scheduler.running for d in seq.digests}),
         )
 
     def check_integrity(self) -> None:

@@ -90,10 +90,6 @@ class Scheduler:
     def sequences(self) -> list[Sequence]:
         return [*self.running, *self.waiting]
 
-    @property
-    def is_loading(self) -> bool:
-        return bool(self._loading)
-
     # -- the step ---------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledBatch:
@@ -167,7 +163,24 @@ class Scheduler:
         return [self._fail(seq, failure) for seq in list(self.waiting) if load.digest in seq.digests]
 
     def refuse_hopeless(self) -> list[SequenceOutput]:
-        """End the waiting sequences whose adapters can never stand in RAM together beside the pinned ones."""
+        """End the waiting sequences that could never run, whatever happens before them."""
+        return [*self._refuse_unscalable(), *self._refuse_beside_pins()]
+
+    def _refuse_unscalable(self) -> list[SequenceOutput]:
+        """An adapter with gains or shifts (DoRA, lora_bias) acts on the base's whole product: it has no meaning in a
+        sum of adapters or at another scale. Known once it is resident; refused before it could fail its neighbours."""
+        message = (
+            "An adapter with DoRA or lora_bias is served alone and at scale 1, not in a composition. Name it by itself."
+        )
+        failure = Failure("invalid_request", message)
+        outputs = []
+        for line in self.waiting.lines:
+            is_plain = not line.composition or [use.scale for use in line.composition] == [1.0]
+            if not is_plain and any(d in self.cache and self.cache.peek(d).has_vectors for d in line.digests):
+                outputs += [self._fail(seq, failure) for seq in list(line.waiting)]
+        return outputs
+
+    def _refuse_beside_pins(self) -> list[SequenceOutput]:
         if not self.cache.has_pins:
             return []
         hopeless = [seq for seq in self.waiting if not self.cache.can_ever_hold(seq.request.composition)]

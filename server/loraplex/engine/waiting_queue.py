@@ -48,9 +48,14 @@ class WaitingQueue:
     def line_of(self, seq: Sequence) -> Line:
         return self._lines[seq.request.composition]
 
+    @property
+    def lines(self) -> list[Line]:
+        """Lines in which something waits."""
+        return [line for line in self._lines.values() if line.waiting]
+
     def in_order(self, step: int) -> list[Line]:
-        """Lines in which something waits, in the order in which they deserve service."""
-        return sorted((line for line in self._lines.values() if line.waiting), key=lambda line: self.turn(line, step))
+        """`lines`, in the order in which they deserve service."""
+        return sorted(self.lines, key=lambda line: self.turn(line, step))
 
     def turn(self, line: Line, step: int) -> tuple[int, int, int]:
         """What `in_order` sorts by: smaller is sooner."""

@@ -94,7 +94,6 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        template_kwargs: dict[str, Any] | None = None,
     ) -> list[int]:
         """Render `messages` with the chat template and encode the result. Raises InvalidRequest.
 
@@ -113,7 +112,6 @@ class Tokenizer:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                **(template_kwargs or {}),
             )
         except Exception as error:  # the template is the operator's, so whatever it was, the messages brought it about
             why = str(error)[:500] if isinstance(error, TemplateError | ValueError) else repr(error)[:500]
