@@ -22,7 +22,7 @@ Vectors = tuple[Tensor | None, Tensor | None]
 
 
 class BaseLinear(nn.Module):
-    """A Linear or Conv1D with the product chosen at load; no LoRA goes on it (a head of a kind of its own)."""
+    """The base's part of a Linear or Conv1D: its product, chosen at load."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
@@ -167,18 +167,14 @@ def wrap_modules(
     context: StepContext,
     ops: Ops,
 ) -> None:
-    """Replace every target by its LoRA layer, and every other linear by a BaseLinear, in place."""
-    for name, module in list(model.named_modules()):
-        shape = targets.get(name)
-        if shape is not None and shape.kind == "embedding":
+    """Replace every target by its LoRA layer, in place; all linears are targets (`lora_targets`)."""
+    for name, shape in targets.items():
+        module = model.get_submodule(name)
+        if shape.kind == "embedding":
             assert isinstance(module, nn.Embedding)
             layer: nn.Module = LoRAEmbedding(module, pools[name], context, ops)
-        elif shape is not None:
+        else:
             layer_class = LoRAHead if shape.kind == "head" else LoRALinear
             layer = layer_class(module, pools[name], vectors[name], context, ops)
-        elif type(module) in _LINEARS:
-            layer = BaseLinear(module)
-        else:
-            continue
         parent_name, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent_name), attribute, layer)
