@@ -92,6 +92,11 @@ class AdapterPlan:
     def max_rank(self) -> int:
         return max((module.rank for module in self.modules.values()), default=0)
 
+    def covers_token(self, token_id: int) -> bool:
+        """Whether the adapter trained the embedding's row of `token_id`."""
+        del token_id  # a LoRA on the embedding trains every row
+        return any(module.shape.kind == "embedding" for module in self.modules.values())
+
     @property
     def numel(self) -> int:
         """Elements of the slab."""
