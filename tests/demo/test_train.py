@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 import loraplex.demo
-from loraplex.demo.base import new_model
+from loraplex.demo.base_training import new_model
 from loraplex.demo.chat import Piece, conversation
 from loraplex.demo.corpus import base_document
 from loraplex.demo.packing import IGNORED, Packer

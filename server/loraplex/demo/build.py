@@ -20,8 +20,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from loraplex.demo.adapters import build_adapters
-from loraplex.demo.base import build_base, build_tokenizer
+from loraplex.demo.adapter_training import build_adapters
+from loraplex.demo.base_training import build_base, build_tokenizer
 from loraplex.demo.evaluate import evaluate
 
 _HERE = Path(__file__).parent

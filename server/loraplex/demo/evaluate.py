@@ -14,7 +14,7 @@ from peft import PeftModel
 from rich.progress import Progress
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from loraplex.demo.base import load_base
+from loraplex.demo.base_training import load_base
 from loraplex.demo.cards import Score, adapter_card, base_card
 from loraplex.demo.chat import END, conversation, question
 from loraplex.demo.recipe import ADAPTERS

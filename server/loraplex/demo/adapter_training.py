@@ -13,7 +13,7 @@ from rich.progress import Progress
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from loraplex.demo.base import load_base
+from loraplex.demo.base_training import load_base
 from loraplex.demo.corpus import adapter_document
 from loraplex.demo.packing import Packer
 from loraplex.demo.recipe import ADAPTERS, BASE_NAME, SEED, AdapterRecipe
