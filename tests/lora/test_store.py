@@ -22,6 +22,7 @@ from loraplex.errors import (
     StorageFull,
 )
 from loraplex.lora.digest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
+from loraplex.lora.files import CONFIG, WEIGHTS
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 
@@ -39,9 +40,9 @@ def staged(store: AdapterStore) -> list[Path]:
 
 
 def fill(staging: Staging, config: bytes = b"config", weights: bytes = b"weights") -> None:
-    with staging.open_config() as file:
+    with staging.open(CONFIG) as file:
         file.write(config)
-    with staging.open_weights() as file:
+    with staging.open(WEIGHTS) as file:
         for at in range(0, len(weights), 3):
             file.write(weights[at : at + 3])
 
@@ -100,7 +101,7 @@ def test_what_is_not_committed_is_gone(store: AdapterStore):
         fill(staging)
 
     def break_off() -> None:
-        with store.stage() as staging, staging.open_config() as file:
+        with store.stage() as staging, staging.open(CONFIG) as file:
             file.write(b"half")
             raise RuntimeError("the client went")
 
@@ -111,14 +112,14 @@ def test_what_is_not_committed_is_gone(store: AdapterStore):
 
 def test_both_files_are_needed(store: AdapterStore):
     with store.stage() as staging:
-        with staging.open_config() as file:
+        with staging.open(CONFIG) as file:
             file.write(b"config")
         with pytest.raises(AdapterInvalid, match=WEIGHTS_NAME):
             store.commit(staging)
     with store.stage() as staging:
-        with pytest.raises(RuntimeError), staging.open_config() as file:
+        with pytest.raises(RuntimeError), staging.open(CONFIG) as file:
             raise RuntimeError
-        with staging.open_weights() as file:
+        with staging.open(WEIGHTS) as file:
             file.write(b"weights")
         with pytest.raises(AdapterInvalid, match=CONFIG_NAME):
             store.commit(staging)
@@ -126,12 +127,12 @@ def test_both_files_are_needed(store: AdapterStore):
 
 def test_size_limits(tmp_path: Path):
     with AdapterStore(tmp_path, max_weights_bytes=10) as store, store.stage() as staging:
-        with staging.open_weights() as file:
+        with staging.open(WEIGHTS) as file:
             file.write(b"12345")
             with pytest.raises(AdapterTooLarge, match="10 bytes"):
                 file.write(b"123456")
         assert (staging.folder / WEIGHTS_NAME).stat().st_size == 5
-        with pytest.raises(AdapterTooLarge, match=CONFIG_NAME), staging.open_config() as file:
+        with pytest.raises(AdapterTooLarge, match=CONFIG_NAME), staging.open(CONFIG) as file:
             file.write(bytes(MAX_CONFIG_BYTES + 1))
 
 
@@ -309,6 +310,7 @@ def test_durable_order(store: AdapterStore, monkeypatch: pytest.MonkeyPatch):
 KILLED = """
 import os, sys
 from pathlib import Path
+from loraplex.lora.files import CONFIG, WEIGHTS
 from loraplex.lora.store import AdapterStore
 calls, limit = 0, int(sys.argv[2])
 def dying(real):
@@ -323,9 +325,9 @@ with AdapterStore(Path(sys.argv[1])) as store:
     for name in ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
     with store.stage() as staging:
-        with staging.open_config() as file:
+        with staging.open(CONFIG) as file:
             file.write(b"config")
-        with staging.open_weights() as file:
+        with staging.open(WEIGHTS) as file:
             file.write(b"weights")
         print(store.commit(staging), flush=True)
 """

@@ -1,4 +1,4 @@
-"""An adapter upload: two files and a name, taken from the socket to staging as they arrive.
+"""An adapter upload: its files and a name, taken from the socket to staging as they arrive.
 
 Nothing is spooled elsewhere first; a client's file names are looked at only to refuse pickle early, never used.
 """
@@ -13,11 +13,12 @@ from python_multipart.multipart import parse_options_header
 
 from loraplex.api.errors import UnsupportedMediaType
 from loraplex.errors import InvalidRequest
+from loraplex.lora.files import FILES, REQUIRED
 from loraplex.lora.headers import refuse_pickle_name
 from loraplex.lora.staging import StagedFile, Staging
 
 MAX_NAME_BYTES = 256
-FILES = ("config", "weights")
+_FILE_OF = {file.part: file for file in FILES}
 
 
 @dataclass(slots=True)
@@ -27,14 +28,12 @@ class _Part:
 
 
 class AdapterUpload:
-    """Feeds a multipart body into a staging: parts `name`, `config`, `weights`, each once, in any order."""
+    """Feeds a multipart body into a staging: `name`, `config`, `weights` and the other parts of `files.FILES`, each at
+    most once, in any order."""
 
     def __init__(self, staging: Staging, boundary: bytes, check_name: Callable[[str], object]):
         self._check_name = check_name
-        self._open: dict[str, Callable[[], StagedFile]] = {
-            "config": staging.open_config,
-            "weights": staging.open_weights,
-        }
+        self._staging = staging
         self._seen: set[str] = set()
         self._name = bytearray()
         self._part = _Part()
@@ -66,7 +65,7 @@ class AdapterUpload:
             self._parser.finalize()
         except MultipartParseError as error:
             raise InvalidRequest(f"The multipart body ends early: {error}") from error
-        missing = [part for part in ("name", *FILES) if part not in self._seen]
+        missing = [part for part in ("name", *(file.part for file in REQUIRED)) if part not in self._seen]
         if missing:
             raise InvalidRequest(
                 f"The upload lacks {', '.join(missing)}. Send three parts: name, config (adapter_config.json) and "
@@ -99,16 +98,20 @@ class AdapterUpload:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")[:64]
         filename = options.get(b"filename")
-        if name not in ("name", *FILES):
-            raise InvalidRequest(f"The upload has an unknown part {name!r}; expected are name, config and weights.")
+        if name != "name" and name not in _FILE_OF:
+            others = ", ".join(file.part for file in FILES if file not in REQUIRED)
+            raise InvalidRequest(
+                f"The upload has an unknown part {name!r}; expected are name, config and weights, and there may be "
+                f"{others}."
+            )
         if name in self._seen:
             raise InvalidRequest(f"The upload has the part {name!r} twice.")
         self._seen.add(name)
         self._part.name = name
-        if name in FILES:
+        if name in _FILE_OF:
             if filename is not None:
                 refuse_pickle_name(filename.decode("utf-8", "replace"))
-            self._part.file = self._open[name]()
+            self._part.file = self._staging.open(_FILE_OF[name])
             self._part.file.__enter__()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:

@@ -1,8 +1,10 @@
 """The digest of an adapter: what identifies a version, and the only thing that names files on disk.
 
-    digest = hex(SHA-256( SHA-256(adapter_config.json) ‖ SHA-256(adapter_model.safetensors) ))
+    digest = hex(SHA-256( SHA-256(adapter_config.json) ‖ SHA-256(adapter_model.safetensors)
+                          [ ‖ SHA-256(file's name) ‖ SHA-256(file) for each of files.TEXT_FILES that is there ] ))
 
-The two inner digests are joined as 32 raw bytes each.
+The inner digests are joined as 32 raw bytes each, so an adapter of two files has the digest it had before there were
+others.
 """
 
 import errno
@@ -10,23 +12,38 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from loraplex.errors import InvalidRequest
+from loraplex.lora import files
+from loraplex.lora.files import CONFIG, TEXT_FILES, WEIGHTS
 from loraplex.lora.text import shown
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
+CONFIG_NAME = CONFIG.name
+WEIGHTS_NAME = WEIGHTS.name
+MAX_CONFIG_BYTES = files.MAX_CONFIG_BYTES
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
 
 
-def adapter_digest(config_sha256: bytes, weights_sha256: bytes) -> str:
-    """The digest of an adapter whose two files have these SHA-256 sums (32 bytes each)."""
-    return hashlib.sha256(config_sha256 + weights_sha256).hexdigest()
+def adapter_digest(config_sha256: bytes, weights_sha256: bytes, texts: Mapping[str, bytes] | None = None) -> str:
+    """The digest of an adapter whose files have these SHA-256 sums (32 bytes each); `texts` by file name."""
+    sha = hashlib.sha256(config_sha256 + weights_sha256)
+    for file in TEXT_FILES:
+        if texts is not None and file.name in texts:
+            sha.update(hashlib.sha256(file.name.encode()).digest() + texts[file.name])
+    return sha.hexdigest()
+
+
+def text_sha256(folder: Path, *, leave_out: Collection[str] = (), follow_symlinks: bool = False) -> dict[str, bytes]:
+    """SHA-256 of each of TEXT_FILES that `folder` has, by name, without those to `leave_out`. Raises OSError."""
+    sums = {}
+    for file in TEXT_FILES:
+        if file.name not in leave_out and os.path.lexists(folder / file.name):
+            sums[file.name] = file_sha256(folder / file.name, follow_symlinks=follow_symlinks)
+    return sums
 
 
 def validate_digest(digest: str) -> str:

@@ -22,6 +22,7 @@ from loraplex.lora.digest import (
     WEIGHTS_NAME,
     adapter_digest,
     open_regular,
+    text_sha256,
     validate_digest,
 )
 from loraplex.lora.facts import AdapterFacts
@@ -95,7 +96,7 @@ class AdapterReader:
             folder = self._root / validate_digest(digest)
             config_bytes = _read_file(folder / CONFIG_NAME, MAX_CONFIG_BYTES)
             data = _read_file(folder / WEIGHTS_NAME)
-            if _digest_of(config_bytes, data) != digest:
+            if _digest_of(folder, config_bytes, data) != digest:
                 raise AdapterInvalid("its files no longer have the recorded SHA-256: the disk or someone changed them")
             header = parse_header(bytes(data[: 8 + MAX_HEADER_BYTES]), len(data))
             adapter_plan = self.plan(PeftConfig.from_bytes(bytes(config_bytes)), header)
@@ -118,7 +119,7 @@ class AdapterReader:
         adapter_plan = self.plan(config, header)
         data = _read_file(folder / WEIGHTS_NAME)
         self._check_copies(adapter_plan, header, data)
-        digest = _digest_of(config_bytes, data)
+        digest = _digest_of(folder, config_bytes, data)
         weights = pack(digest, _pairs(adapter_plan, header, data), self._dtype)
         check_values(weights, adapter_plan)
         dtypes = {info.dtype for info in header.tensors.values()}
@@ -195,8 +196,8 @@ def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan) -> None:
         )
 
 
-def _digest_of(config: memoryview, weights: memoryview) -> str:
-    return adapter_digest(hashlib.sha256(config).digest(), hashlib.sha256(weights).digest())
+def _digest_of(folder: Path, config: memoryview, weights: memoryview) -> str:
+    return adapter_digest(hashlib.sha256(config).digest(), hashlib.sha256(weights).digest(), text_sha256(folder))
 
 
 def _read_file(path: Path, limit: int | None = None) -> memoryview:

@@ -249,6 +249,8 @@ def _row(version: Version) -> dict[str, Any]:
         "dtype": facts.dtype,
         "nbytes": facts.nbytes,
         "num_values": facts.num_values,
+        "text_files": dict(facts.text_files),
+        "profile": None if facts.profile is None else dict(facts.profile),
         "source": version.source,
         "created_at": version.created_at,
     }
@@ -265,6 +267,8 @@ def _version(row: Row[Any]) -> Version:
         dtype=row.dtype,
         nbytes=row.nbytes,
         num_values=row.num_values,
+        text_files=row.text_files,
+        profile=row.profile,
     )
     return Version(
         name=row.name,

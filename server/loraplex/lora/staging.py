@@ -3,12 +3,13 @@
 import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
 from loraplex.errors import AdapterInvalid, AdapterTooLarge, StorageFull
-from loraplex.lora.digest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, adapter_digest
+from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME, adapter_digest, text_sha256
+from loraplex.lora.files import AdapterFile
 
 # Free space is looked up once in so many written bytes.
 _SPACE_CHECK_BYTES = 16 << 20
@@ -40,6 +41,9 @@ class StagedFile:
     def __init__(self, path: Path, limit: int | None, check_space: Callable[[], None]):
         self._path = path
         self._limit = limit
+        self._advice = "Send a smaller file, or none: it need not be there."
+        if path.name in (CONFIG_NAME, WEIGHTS_NAME):
+            self._advice = "Send a smaller adapter (a smaller rank, or bfloat16 instead of float32)."
         self._check_space = check_space
         self._unchecked = 0
         self._sha = hashlib.sha256()
@@ -62,8 +66,7 @@ class StagedFile:
         size = len(data)
         if self._limit is not None and self.nbytes + size > self._limit:
             raise AdapterTooLarge(
-                f"{self._path.name} has more than {self._limit} bytes, which is this server's limit. "
-                "Send a smaller adapter (a smaller rank, or bfloat16 instead of float32)."
+                f"{self._path.name} has more than {self._limit} bytes, which is this server's limit. {self._advice}"
             )
         self._unchecked += size
         if self._unchecked >= _SPACE_CHECK_BYTES:
@@ -93,18 +96,16 @@ class StagedFile:
 
 
 class Staging:
-    """The two files of one adapter below `folder`, which is gone when the store's `with` block ends.
+    """The files of one adapter below `folder`, which is gone when the store's `with` block ends.
 
-    After `AdapterStore.commit`, `folder` is the blob's. `nbytes` and `digest` are known when both files are
-    complete.
+    After `AdapterStore.commit`, `folder` is the blob's. `digest` is known when config and weights are complete.
     """
 
     def __init__(self, folder: Path, max_weights_bytes: int | None, check_space: Callable[[], None]):
         self.folder = folder
         self._max_weights_bytes = max_weights_bytes
         self._check_space = check_space
-        self._config: StagedFile | None = None
-        self._weights: StagedFile | None = None
+        self._files: dict[str, StagedFile] = {}
         self._digest: str | None = None
         self.held = False  # whether the store holds the digest until the staging ends
 
@@ -115,22 +116,37 @@ class Staging:
         staging._digest = digest
         return staging
 
-    def open_config(self) -> StagedFile:
-        """A `with` block to write adapter_config.json in."""
-        self._config = StagedFile(self.folder / CONFIG_NAME, MAX_CONFIG_BYTES, self._check_space)
-        return self._config
+    def open(self, file: AdapterFile) -> StagedFile:
+        """A `with` block to write `file` in."""
+        limit = self._max_weights_bytes if file.max_bytes is None else file.max_bytes
+        self._files[file.name] = StagedFile(self.folder / file.name, limit, self._check_space)
+        return self._files[file.name]
 
-    def open_weights(self) -> StagedFile:
-        """A `with` block to write adapter_model.safetensors in."""
-        self._weights = StagedFile(self.folder / WEIGHTS_NAME, self._max_weights_bytes, self._check_space)
-        return self._weights
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Remove files of the text side that nobody needs, before the commit. Raises StorageFull."""
+        for name in names:
+            if name in self._files:
+                try:
+                    os.unlink(self.folder / name)
+                except OSError as cause:
+                    raise storage_full(cause, f"the removal of {name}") from cause
+                del self._files[name]
+                self._digest = None
 
     @property
     def digest(self) -> str:
-        """The digest of both files. Raises AdapterInvalid while one is missing."""
+        """The digest of all files. Raises AdapterInvalid while one is missing or incomplete."""
         if self._digest is None:
-            config, weights = self._config, self._weights
-            if config is None or not config.complete or weights is None or not weights.complete:
+            sums = {name: file.sha256 for name, file in self._files.items() if file.complete}
+            if len(sums) < len(self._files) or not {CONFIG_NAME, WEIGHTS_NAME} <= sums.keys():
                 raise AdapterInvalid(f"The adapter lacks a file. Send both {CONFIG_NAME} and {WEIGHTS_NAME}.")
-            self._digest = adapter_digest(config.sha256, weights.sha256)
+            self._digest = adapter_digest(sums[CONFIG_NAME], sums[WEIGHTS_NAME], sums)
         return self._digest
+
+    @property
+    def text_files(self) -> dict[str, str]:
+        """SHA-256 in hexadecimal of every file of the text side, by name. Raises StorageFull."""
+        try:
+            return {name: value.hex() for name, value in text_sha256(self.folder).items()}
+        except OSError as cause:
+            raise storage_full(cause, "a look at the adapter's files") from cause

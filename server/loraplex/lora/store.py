@@ -1,7 +1,7 @@
 """AdapterStore: accepted adapters on disk, by digest.
 
     root/lock                          held by the one process that uses this folder
-    root/blobs/<digest>/adapter_config.json, adapter_model.safetensors     complete, durable, never changed
+    root/blobs/<digest>/adapter_config.json, …         the files of `files.FILES`; complete, durable, never changed
     root/staging/<random>/             uploads on their way and blobs on their way out; emptied at start
 
 Accepted means durable: files are synced, then their folder, then it is renamed into `blobs`, then `blobs` is
@@ -17,7 +17,7 @@ import threading
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -30,8 +30,10 @@ from loraplex.lora.digest import (
     file_sha256,
     open_regular,
     read_chunks,
+    text_sha256,
     validate_digest,
 )
+from loraplex.lora.files import CONFIG, TEXT_FILES, WEIGHTS
 from loraplex.lora.headers import refuse_pickle_name
 from loraplex.lora.staging import StagedFile, Staging, fsync_folder, storage_full
 from loraplex.lora.text import shown
@@ -85,8 +87,9 @@ class AdapterStore:
             yield staging
 
     @contextmanager
-    def import_folder(self, path: Path) -> Iterator[Staging]:
-        """A Staging with a copy of the operator's PEFT folder `path`, to check and commit like an upload.
+    def import_folder(self, path: Path, leave_out: Collection[str] = ()) -> Iterator[Staging]:
+        """A Staging with a copy of the operator's PEFT folder `path`, to check and commit like an upload, without the
+        files named in `leave_out`.
 
         Copied, not hard-linked: a training script that saves into the same folder again would rewrite our
         blob. If the store has the adapter already, nothing is copied. Links are followed: the operator chose
@@ -94,7 +97,7 @@ class AdapterStore:
         """
         _check_folder(path)
         try:
-            digest = _folder_digest(path, follow_symlinks=True)
+            digest = _folder_digest(path, leave_out=leave_out, follow_symlinks=True)
         except OSError as cause:
             raise _unreadable(path, cause) from cause
         with self._holding(digest) as blob:
@@ -102,8 +105,9 @@ class AdapterStore:
                 yield Staging.of_blob(blob, digest)
                 return
         with self._new_staging(None) as staging:
-            _copy(path / CONFIG_NAME, staging.open_config())
-            _copy(path / WEIGHTS_NAME, staging.open_weights())
+            brought = [file for file in TEXT_FILES if file.name not in leave_out and (path / file.name).exists()]
+            for file in (CONFIG, WEIGHTS, *brought):
+                _copy(path / file.name, staging.open(file))
             yield staging
 
     def commit(self, staging: Staging) -> str:
@@ -276,10 +280,11 @@ def _is_digest(name: str) -> bool:
     return len(name) == 64 and set(name) <= set("0123456789abcdef")
 
 
-def _folder_digest(folder: Path, *, follow_symlinks: bool = False) -> str:
+def _folder_digest(folder: Path, *, leave_out: Collection[str] = (), follow_symlinks: bool = False) -> str:
     return adapter_digest(
         file_sha256(folder / CONFIG_NAME, follow_symlinks=follow_symlinks),
         file_sha256(folder / WEIGHTS_NAME, follow_symlinks=follow_symlinks),
+        text_sha256(folder, leave_out=leave_out, follow_symlinks=follow_symlinks),
     )
 
 

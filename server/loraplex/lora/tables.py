@@ -48,6 +48,8 @@ versions = Table(
     Column("dtype", String(16), nullable=False),
     Column("nbytes", BigInteger, nullable=False),
     Column("num_values", BigInteger, nullable=False),
+    Column("text_files", JSON, nullable=False, server_default="{}"),
+    Column("profile", JSON(none_as_null=True), nullable=True),
     Column("source", String(1024), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("deleted_at", DateTime(timezone=True), nullable=True),
