@@ -7,7 +7,7 @@ Synchronous and thread-safe; the service calls it from worker threads.
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +19,7 @@ from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
 from loraplex.routing.names import validate_name
+from loraplex.text.adapter_text import Brought
 
 REGISTRY_FILE = "registry.sqlite"
 
@@ -63,32 +64,35 @@ class AdapterCatalog:
             raise AdapterConflict(f"{name!r} is the name of the base model; choose another one.", param="name")
         return name
 
-    def accept(self, name: str, staging: Staging, source: str) -> Catalogued:
-        """Check staged files and make them the newest version of `name`, durably. Raises AdapterError and kin; then
-        nothing is kept."""
+    def accept(self, name: str, staging: Staging, brought: Brought, source: str) -> Catalogued:
+        """Check staged files and make them the newest version of `name`, durably. `brought`: what their text side says.
+        Raises AdapterError and kin; then nothing is kept."""
         self.check_name(name)
+        staging.leave_out(brought.unneeded)
         checked = self._reader.check(staging.folder)
         self._check_size(checked)
+        brought.check_rows(checked.plan.covers_token)
+        profile = None if brought.profile is None else brought.profile.shown()
         digest = self.store.commit(staging)
         version, created = self.registry.publish(
             name,
             digest,
-            checked.facts,
+            replace(checked.facts, text_files=staging.text_files, profile=profile),
             base_fingerprint=self._info.fingerprint,
             source=source,
             new_version=True,
         )
-        return Catalogued(version, created, checked.config.ignored, checked.plan.notes)
+        return Catalogued(version, created, checked.config.ignored, (*checked.plan.notes, *brought.notes))
 
-    def add_folder(self, name: str, folder: Path) -> Catalogued:
+    def add_folder(self, name: str, folder: Path, brought: Brought) -> Catalogued:
         """Register an operator's PEFT folder as `name`."""
         self.check_name(name)
-        with self.store.import_folder(folder) as staging:
+        with self.store.import_folder(folder, brought.unneeded) as staging:
             for version in self.registry.versions(name):
                 # A restart must not put the folder's files back above a version that was uploaded since.
                 if (version.digest, version.base_fingerprint) == (staging.digest, self._info.fingerprint):
                     return Catalogued(version, False)
-            return self.accept(name, staging, source=f"folder:{folder.name}")
+            return self.accept(name, staging, brought, source=f"folder:{folder.name}")
 
     def _check_size(self, checked: Checked) -> None:
         budget = self._info.config.adapter_cache_bytes

@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, le=1024)
     served_model_name: Annotated[str | None, AfterValidator(_check_name)] = None
     chat_template: Path | None = None
+    generation_config: Literal["auto", "none"] = "auto"
     api_key: str | None = Field(None, min_length=8)
     insecure: bool = False
     max_upload_bytes: ByteSize = ByteSize(4 << 30)
@@ -185,3 +186,9 @@ def prepare_process(cache_dir: Path | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers obeys it too, when it loads weights
     if cache_dir is not None and not os.access(Path(__file__).parent, os.W_OK):
         os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir / "numba"))
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a confined child process: the time zone, and nothing that could be a secret."""
+    given = {"OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**given, "TZ": os.environ["TZ"]} if "TZ" in os.environ else given

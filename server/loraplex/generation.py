@@ -78,6 +78,7 @@ class Generation:
     """A running request. `deltas` starts it; whoever made it must `close` it, started or not.
 
     model, adapter  the concrete name that answers, and the version that was resolved ("" for the base)
+    end_token_ids   of the requests' stop tokens those that end an answer as EOS does, without being named in it
     lifetime        holds of the adapter's files, closed with the generation
     """
 
@@ -90,6 +91,7 @@ class Generation:
     engine: EngineClient
     tokenizer: Tokenizer
     lifetime: AsyncExitStack
+    end_token_ids: frozenset[int] = frozenset()
     usage: Usage = field(default_factory=Usage)
     _choices: dict[str, _Choice] = field(default_factory=dict)
 
@@ -146,6 +148,8 @@ class Generation:
                     tokens.append(TokenInfo(first, self.tokenizer.token_text(first), None))
         tokens += (self._info(logprobs) for logprobs in output.prompt_logprobs)
         reason, stop_reason = output.finish_reason, output.stop_reason
+        if stop_reason in self.end_token_ids:
+            stop_reason = None
         if output.token_id is not None:
             self.usage.completion_tokens += 1
             choice.num_tokens += 1

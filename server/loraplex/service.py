@@ -29,7 +29,8 @@ from loraplex.errors import (
     Overloaded,
     StartupError,
 )
-from loraplex.generation import Generation, OutputOptions
+from loraplex.generation import Generation
+from loraplex.generation_request import GenerationRequest, Prompt
 from loraplex.lora.reader import AdapterReader, WeightOf
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
@@ -38,13 +39,14 @@ from loraplex.lora.weights import ModuleShape
 from loraplex.model.loader import read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.routing.names import nearest_names, parse_model
+from loraplex.text.adapter_text import AdapterText
+from loraplex.text.adapter_texts import AdapterTexts
+from loraplex.text.sampling_defaults import SamplingDefaults
 
 logger = structlog.get_logger(__name__)
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 256
-
-Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,32 +57,32 @@ class Resolved:
     adapter: Version | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
-    """One request as the service understands it. `max_tokens` None: as many as fit."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """An adapter whose files stay; `folder` None: the base."""
 
-    model: str
-    prompts: Sequence[Prompt] | None = None
-    messages: Sequence[dict] | None = None
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    add_special_tokens: bool = True
-    max_tokens: int | None = None
-    n: int = 1
-    params: SamplingParams = SamplingParams()
-    seed: int | None = None
-    options: OutputOptions = OutputOptions()
-    salt: bytes = b""
+    resolved: Resolved
+    folder: Path | None = None
+    composition: Composition = ()
 
 
 class Service:
     """Built by `Service.running(settings)`, which opens everything and closes it again."""
 
     def __init__(
-        self, settings: Settings, tokenizer: Tokenizer, engine: AsyncEngine, info: EngineInfo, catalog: AdapterCatalog
+        self,
+        settings: Settings,
+        tokenizer: Tokenizer,
+        engine: AsyncEngine,
+        info: EngineInfo,
+        catalog: AdapterCatalog,
+        texts: AdapterTexts,
+        defaults: SamplingDefaults,
     ):
         self.settings = settings
         self.tokenizer = tokenizer
+        self.texts = texts
+        self._defaults = defaults  # the base's
         self.engine = engine
         self.info = info
         self.catalog = catalog
@@ -99,6 +101,7 @@ class Service:
         """Load the base, open the store, register the operator's adapters. Raises StartupError."""
         await asyncio.to_thread(read_config, settings.model)  # an architecture is refused before its tokenizer is read
         tokenizer = await asyncio.to_thread(Tokenizer.load, settings.model, settings.chat_template)
+        defaults = generation_defaults(settings)
         async with AsyncExitStack() as stack:
             data_dir = settings.resolved_data_dir
             store = stack.enter_context(
@@ -121,14 +124,17 @@ class Service:
             catalog = stack.enter_context(
                 await asyncio.to_thread(AdapterCatalog, store, data_dir, info, readers[0], settings.base_name)
             )
-            service = cls(settings, tokenizer, engine, info, catalog)
+            texts = AdapterTexts(tokenizer, info.vocab_size)
+            stack.push_async_callback(texts.close)
+            service = cls(settings, tokenizer, engine, info, catalog, texts, defaults)
             await service._register_folders()
             yield service
 
     async def _register_folders(self) -> None:
         for name, folder in adapter_folders(self.settings):
             try:
-                added = await asyncio.to_thread(self.catalog.add_folder, name, folder)
+                brought = await self.texts.inspect(folder)
+                added = await asyncio.to_thread(self.catalog.add_folder, name, folder, brought)
             except LoraplexError as error:
                 raise StartupError(f"The adapter {name!r} in {folder} cannot be served: {error.message}") from error
             if added.created:
@@ -164,10 +170,14 @@ class Service:
         self._check_named_tokens(request.params)
         lifetime = AsyncExitStack()
         try:
-            resolved, composition, prompts = await asyncio.to_thread(self._prepare, request, lifetime)
+            held = await asyncio.to_thread(self._hold, request.model, lifetime)
+            text = await self.texts.of(held.resolved.adapter, held.folder)
+            ends = text.end_token_ids - self.info.config.eos_token_ids
+            request = request.with_defaults(text.profile, self._defaults, ends)
+            prompts = await self._encode(request, text)
             request_id = secrets.token_hex(12)
             requests = tuple(
-                self._engine_request(request, composition, token_ids, f"{request_id}-{p}-{j}", j)
+                self._engine_request(request, held.composition, token_ids, f"{request_id}-{p}-{j}", j)
                 for p, token_ids in enumerate(prompts)
                 for j in range(request.n)
             )
@@ -177,14 +187,15 @@ class Service:
             raise
         return Generation(
             request_id=request_id,
-            model=resolved.model,
-            adapter=resolved.adapter.model_id if resolved.adapter else "",
+            model=held.resolved.model,
+            adapter=held.resolved.adapter.model_id if held.resolved.adapter else "",
             requests=requests,
             options=request.options,
             num_choices=request.n,
             engine=self.engine,
-            tokenizer=self.tokenizer,
+            tokenizer=text.tokenizer,
             lifetime=lifetime,
+            end_token_ids=ends,
         )
 
     def _check_open(self) -> None:
@@ -224,29 +235,31 @@ class Service:
     def _release(self, num_sequences: int) -> None:
         self.num_running -= num_sequences
 
-    def _prepare(
-        self, request: GenerationRequest, lifetime: AsyncExitStack
-    ) -> tuple[Resolved, Composition, list[tuple[int, ...]]]:
-        """The blocking part of a request: names to a version whose files stay for its life, text to token ids."""
-        resolved, composition = self._hold(request.model, lifetime)
-        return resolved, composition, self._encode(request)
-
-    def _hold(self, model: str, lifetime: AsyncExitStack) -> tuple[Resolved, Composition]:
+    def _hold(self, model: str, lifetime: AsyncExitStack) -> "_Held":
+        """What `model` means; its files stay for the length of `lifetime`. Blocking."""
         resolved = self.resolve(model)
         if resolved.adapter is None:
-            return resolved, ()
+            return _Held(resolved)
         try:
-            lifetime.enter_context(self.catalog.hold(resolved.adapter.digest))
+            folder = lifetime.enter_context(self.catalog.hold(resolved.adapter.digest))
         except AdapterLoadFailed:
             if self.resolve(model) == resolved:  # else it was deleted or replaced between the two lines above
                 raise
             return self._hold(model, lifetime)
         nbytes = resolved.adapter.facts.num_values * self.info.bytes_per_value
-        return resolved, (AdapterUse(resolved.adapter.digest, nbytes),)
+        return _Held(resolved, folder, (AdapterUse(resolved.adapter.digest, nbytes),))
 
-    def _encode(self, request: GenerationRequest) -> list[tuple[int, ...]]:
+    @asynccontextmanager
+    async def text_of(self, model: str) -> AsyncIterator[AdapterText]:
+        """The text side of what `model` means. Raises ModelNotFound and kin."""
+        async with AsyncExitStack() as lifetime:
+            held = await asyncio.to_thread(self._hold, model, lifetime)
+            yield await self.texts.of(held.resolved.adapter, held.folder)
+
+    async def _encode(self, request: GenerationRequest, text: AdapterText) -> list[tuple[int, ...]]:
         if request.messages is not None:
-            ids = self.tokenizer.encode_chat(
+            ids = await self.texts.encode_chat(
+                text,
                 request.messages,
                 add_generation_prompt=request.add_generation_prompt,
                 continue_final_message=request.continue_final_message,
@@ -255,10 +268,15 @@ class Service:
         prompts = request.prompts or ()
         if not 1 <= len(prompts) <= MAX_PROMPTS:
             raise InvalidRequest(f"Send between 1 and {MAX_PROMPTS} prompts in a request.", param="prompt")
+        return await asyncio.to_thread(self._encode_prompts, request, text.tokenizer, prompts)
+
+    def _encode_prompts(
+        self, request: GenerationRequest, tokenizer: Tokenizer, prompts: Sequence[Prompt]
+    ) -> list[tuple[int, ...]]:
         encoded = []
         for prompt in prompts:
             if isinstance(prompt, str):
-                prompt = self.tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
+                prompt = tokenizer.encode(prompt, add_special_tokens=request.add_special_tokens)
             encoded.append(self._checked(prompt, request, "prompt"))
         return encoded
 
@@ -291,7 +309,8 @@ class Service:
     ) -> EngineRequest:
         max_tokens = request.max_tokens
         if max_tokens is None:
-            max_tokens = self.info.config.max_model_len - len(token_ids)
+            room = self.info.config.max_model_len - len(token_ids)
+            max_tokens = room if request.usual_max_tokens is None else min(room, request.usual_max_tokens)
         seed = request.seed if request.seed is not None else secrets.randbits(63)
         params = replace(request.params, max_tokens=max_tokens, seed=seed)
         return EngineRequest(
@@ -308,7 +327,8 @@ class Service:
     async def accept_upload(self, name: str, staging: Staging) -> Catalogued:
         """Make staged files the newest version of `name`; it is durable and can be used when this returns."""
         async with self._accepting:
-            return await asyncio.to_thread(self.catalog.accept, name, staging, "upload")
+            brought = await self.texts.inspect(staging.folder)
+            return await asyncio.to_thread(self.catalog.accept, name, staging, brought, "upload")
 
     async def delete_adapter(self, name: str, version: int | None = None) -> Sequence[Version]:
         """Forget a name or one version; running requests keep theirs. Raises ModelNotFound."""
@@ -323,6 +343,16 @@ class Service:
 
     async def stats(self) -> EngineStats:
         return await self.engine.command("stats")
+
+
+def generation_defaults(settings: Settings) -> SamplingDefaults:
+    """The base's sampling defaults by --generation-config. Raises StartupError."""
+    if settings.generation_config == "none":
+        return SamplingDefaults()
+    defaults, unused = SamplingDefaults.of_generation_config(settings.model)
+    if unused:
+        logger.info("fields of generation_config.json that are not used", fields=list(unused))
+    return defaults
 
 
 def engine_spec(settings: Settings, tokenizer: Tokenizer) -> EngineSpec:

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+MAX_STOPS = 4
+MAX_STOP_CHARS = 256
+
 
 class StopMatcher:
     """`push` returns text that is safe to show: it can never turn out to be part of a stop string."""

@@ -49,6 +49,8 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
         "target_modules": ["down_proj", "q_proj", "v_proj"],
         "num_modules": 6,
         "dtype": "F32",
+        "files": ["adapter_config.json", "adapter_model.safetensors"],
+        "profile": None,
         "source": "upload",
         "is_new": True,
         "notes": [],

@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
 from loraplex.errors import LoraplexError
+from loraplex.lora.files import FILES, REQUIRED
 from loraplex.lora.version import Version
 from loraplex.routing.names import parse_model
 
@@ -20,7 +21,7 @@ _BATCH_BYTES = 1 << 20
 
 @router.post("", status_code=201)
 async def upload(request: Request, service: TheService, metrics: TheMetrics) -> Response:
-    """Two files and a name; 201 when the adapter is durable and can be used, 200 when it was here already."""
+    """A name and the files of `files.FILES`; 201 when the adapter is durable and usable, 200 when it was here."""
     boundary = boundary_of(request)
     try:
         with service.catalog.store.stage() as staging:
@@ -118,6 +119,8 @@ def describe(version: Version) -> dict[str, Any]:
         "num_modules": facts.num_modules,
         "dtype": facts.dtype,
         "bytes": facts.nbytes,
+        "files": [file.name for file in FILES if file in REQUIRED or file.name in facts.text_files],
+        "profile": facts.profile,
         "created": int(version.created_at.timestamp()),
         "source": version.source,
     }

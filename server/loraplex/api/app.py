@@ -14,6 +14,7 @@ from loraplex.api.edge import EdgeMiddleware
 from loraplex.api.errors import install_error_handlers
 from loraplex.api.metrics import Metrics
 from loraplex.config import LOOPBACK_HOSTS
+from loraplex.lora.files import FILES
 from loraplex.service import Service
 
 MAX_BODY_BYTES = 8 << 20
@@ -28,8 +29,8 @@ class _App(FastAPI):
 
 def create_app(service: Service) -> FastAPI:
     settings = service.settings
-    # Two files and what multipart puts around them; the staging enforces the exact limit.
-    upload_bytes = int(settings.max_upload_bytes) + (2 << 20)
+    # The files and what multipart puts around them; the staging enforces the exact limits.
+    upload_bytes = int(settings.max_upload_bytes) + sum(file.max_bytes or 0 for file in FILES) + (2 << 20)
     app = _App(
         title="loraplex",
         version=__version__,

@@ -44,7 +44,7 @@ async def completions(
     body: CompletionRequest, request: Request, service: TheService, metrics: TheMetrics, tenant: Tenant
 ) -> Response:
     generation = await service.generate(body.to_service(tenant))
-    return await _answer(body, request, metrics, generation, CompletionReply(generation, service.tokenizer))
+    return await _answer(body, request, metrics, generation, CompletionReply(generation))
 
 
 @router.post("/chat/completions")
@@ -154,4 +154,5 @@ def model_card(service: Service, name: str, version: Version) -> dict[str, Any]:
         "parent": service.base_name,
         "max_model_len": service.info.config.max_model_len,
         "permission": [],
+        "profile": version.facts.profile,
     }

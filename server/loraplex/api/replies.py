@@ -8,7 +8,6 @@ from typing import Any
 
 from loraplex.engine.messages import TokenLogprobs
 from loraplex.generation import ChoiceDelta, Generation, TokenInfo
-from loraplex.model.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -29,11 +28,11 @@ class Reply(ABC):
     object_chunk: str
     id_prefix: str
 
-    def __init__(self, generation: Generation, tokenizer: Tokenizer | None = None):
+    def __init__(self, generation: Generation):
         self._generation = generation
         self._created = int(time.time())
         self._folded = {index: _Folded() for index in range(len(generation.requests))}
-        self._tokenizer = tokenizer if tokenizer is not None else generation.tokenizer
+        self._tokenizer = generation.tokenizer
 
     # -- both -------------------------------------------------------------------------------------------------
 

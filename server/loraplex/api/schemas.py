@@ -12,11 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from loraplex.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from loraplex.errors import InvalidRequest
 from loraplex.generation import OutputOptions
+from loraplex.generation_request import GenerationRequest
 from loraplex.model.tokenizer import require_unicode
-from loraplex.service import GenerationRequest
+from loraplex.stopping import MAX_STOP_CHARS, MAX_STOPS
 
-MAX_STOPS = 4
-MAX_STOP_CHARS = 256
 MAX_MESSAGES = 2048
 MAX_PROMPT_TOKENS = 1 << 20
 MAX_CONTENT_PARTS = 1024
@@ -36,6 +35,10 @@ UNSUPPORTED = {
 """Known, not implemented: name -> the values that ask for nothing."""
 
 
+DEFAULTED = frozenset(
+    ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop")
+)
+"""Where a request is silent about these (null counts as silence), others decide: see GenerationRequest.silent."""
 _FIELD_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
@@ -129,6 +132,10 @@ class _Sampling(BaseModel):
             **given,
         )
 
+    @property
+    def silent(self) -> frozenset[str]:
+        return frozenset(name for name in DEFAULTED if getattr(self, name) is None)
+
     def output_options(self, *, echo: bool = False) -> OutputOptions:
         return OutputOptions(
             stop=self._stops(),
@@ -176,9 +183,11 @@ class CompletionRequest(_Sampling):
             model=self.model,
             prompts=prompts,  # type: ignore[arg-type]
             add_special_tokens=self.add_special_tokens is not False,
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            max_tokens=self.max_tokens,
+            usual_max_tokens=16,
             n=1 if self.n is None else self.n,
             seed=self.seed,
+            silent=self.silent,
             params=self.sampling_params(logprobs=self.logprobs, prompt_logprobs=self.logprobs if echo else None),
             options=self.output_options(echo=echo),
             salt=tenant + (self.cache_salt or "").encode(),
@@ -259,6 +268,7 @@ class ChatCompletionRequest(_Sampling):
             max_tokens=max_tokens,
             n=1 if self.n is None else self.n,
             seed=self.seed,
+            silent=self.silent,
             params=self.sampling_params(logprobs=(self.top_logprobs or 0) if self.logprobs else None),
             options=self.output_options(),
             salt=tenant + (self.cache_salt or "").encode(),

@@ -1,5 +1,6 @@
 """/tokenize, /detokenize and /tokenizer_info, in vLLM's shapes: evaluation and benchmark clients ask for them."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,17 +13,18 @@ router = APIRouter()
 
 
 @router.post("/tokenize")
-def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
-    if body.model is not None:
-        service.resolve(body.model)
-    if body.messages:
-        messages = [message.to_template() for message in body.messages]
-        ids = service.tokenizer.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
-    elif body.prompt is not None:
-        ids = service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-    else:
+async def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
+    """As a request for `model` would be tokenised, the adapter's template, tokenizer and system prompt included."""
+    if not body.messages and body.prompt is None:
         raise InvalidRequest("Send a prompt or messages.", param="prompt")
-    names = [service.tokenizer.token_name(token) for token in ids] if body.return_token_strs else None
+    async with service.text_of(body.model or service.base_name) as text:
+        if body.messages:
+            messages = [message.to_template() for message in body.messages]
+            ids = await service.texts.encode_chat(text, messages, add_generation_prompt=body.add_generation_prompt)
+        else:
+            encode = text.tokenizer.encode
+            ids = await asyncio.to_thread(encode, body.prompt or "", add_special_tokens=body.add_special_tokens)
+    names = [text.tokenizer.token_name(token) for token in ids] if body.return_token_strs else None
     return {
         "count": len(ids),
         "max_model_len": service.info.config.max_model_len,
@@ -32,12 +34,11 @@ def tokenize(body: TokenizeRequest, service: TheService) -> dict[str, Any]:
 
 
 @router.post("/detokenize")
-def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
-    if body.model is not None:
-        service.resolve(body.model)
+async def detokenize(body: DetokenizeRequest, service: TheService) -> dict[str, str]:
     if any(token >= service.info.vocab_size for token in body.tokens):
         raise InvalidRequest("A token id is outside the vocabulary.", param="tokens")
-    return {"prompt": service.tokenizer.decode(body.tokens)}
+    async with service.text_of(body.model or service.base_name) as text:
+        return {"prompt": await asyncio.to_thread(text.tokenizer.decode, body.tokens)}
 
 
 @router.get("/tokenizer_info")

@@ -1,6 +1,7 @@
 """`loraplex push`, `ls`, `rm`: clients of a running server (LORAPLEX_URL, LORAPLEX_API_KEY)."""
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from rich.table import Table
 
 from loraplex.config import ClientSettings
 from loraplex.errors import LoraplexError
+from loraplex.lora.files import FILES, REQUIRED
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -28,26 +30,35 @@ def push(
     name: Annotated[str | None, typer.Option(help="Name of the adapter. [default: the folder's]")] = None,
     json_output: Json = False,
 ) -> None:
-    """Upload an adapter; it is usable when this returns."""
-    files = [path / "adapter_config.json", path / "adapter_model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise ServerRefused(f"{file} does not exist. Name a folder that PEFT's save_pretrained wrote.")
+    """Upload an adapter with its chat template, tokenizer and serving profile; it is usable when this returns."""
+    for required in REQUIRED:
+        if not (path / required.name).is_file():
+            raise ServerRefused(
+                f"{path / required.name} does not exist. Name a folder that PEFT's save_pretrained wrote."
+            )
+    found = [file for file in FILES if (path / file.name).is_file()]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"push {path.name}", total=sum(file.stat().st_size for file in files))
-        with open(files[0], "rb") as config, open(files[1], "rb") as weights:
-            parts = {
-                "config": (files[0].name, _Counted(config, progress, task)),
-                "weights": (files[1].name, _Counted(weights, progress, task)),
-            }
-            reply = _request("POST", "/v1/adapters", data={"name": name or path.resolve().name}, files=parts)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+        total = sum((path / file.name).stat().st_size for file in found)
+        task = progress.add_task(f"push {path.name}", total=total)
+        parts = {
+            file.part: (file.name, _Counted(stack.enter_context(open(path / file.name, "rb")), progress, task))
+            for file in found
+        }
+        reply = _request("POST", "/v1/adapters", data={"name": name or path.resolve().name}, files=parts)
     if json_output:
         _print_json(reply)
-    else:
-        news = "" if reply["is_new"] else "  (unchanged: the newest version has these very files)"
-        facts = f"rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes"
-        Console().print(f"{reply['id']}  {facts}{news}", highlight=False, soft_wrap=True)
+        return
+    news = "" if reply["is_new"] else "  (unchanged: the newest version has these very files)"
+    facts = f"rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes"
+    console = Console()
+    console.print(f"{reply['id']}  {facts}{news}", highlight=False, soft_wrap=True)
+    sent = [file.name for file in found if file not in REQUIRED]
+    if sent:
+        console.print(f"  sent with it: {', '.join(sent)}", highlight=False, markup=False, soft_wrap=True)
+    for note in reply["notes"]:
+        console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def ls(json_output: Json = False) -> None:

@@ -49,6 +49,9 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Compute threads. [default: all cores but one]")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name of the base in requests.")] = None,
     chat_template: Annotated[Path | None, typer.Option(help="Jinja file used instead of the model's.")] = None,
+    generation_config: Annotated[
+        str | None, typer.Option(help="auto: sampling defaults of the model's generation_config.json; none.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(help="Key that every request must bring.")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Allow other machines without a key.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
@@ -198,7 +201,7 @@ def start_facts(service: "Service", port: int, seconds: float) -> dict[str, str]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     auth = "" if settings.api_key is None else " -H 'Authorization: Bearer '$LORAPLEX_API_KEY"
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    example = service.tokenizer.has_chat_template
+    example = service.tokenizer.chat_template is not None
     name = names[0] if names else service.base_name
     text = "Once upon a time"
     if service.base_name == paths.BASE_NAME and paths.EXAMPLE[0] in names:

@@ -1,18 +1,21 @@
-"""Tokenizer: text to ids and back, and chat messages to a prompt.
+"""Tokenizer: text to ids and back, and chat messages to a prompt with the operator's template.
 
 Encoding goes to the Rust tokenizer directly: the wrapper of transformers changes shared state on every call and may
 not be used from several threads.
 """
 
+import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from loraplex.errors import InvalidRequest, StartupError
 from loraplex.model.detokenizer import Detokenizer
@@ -30,13 +33,34 @@ def require_unicode(text: str) -> None:
             raise ValueError(f"holds half of a surrogate pair at character {error.start}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token beside the vocabulary, as tokenizer.json has it in `added_tokens`."""
+
+    id: int
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
+
+
 class Tokenizer:
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None):
-        self._hf = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+    """`chat_template` None: the tokenizer's own, if it has one. `folder`: where its files are, if it was loaded."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, chat_template: str | None = None, folder: Path | None = None
+    ):
+        self._backend: RustTokenizer = tokenizer.backend_tokenizer
         self._byte_of = _byte_alphabet() if _is_byte_level(self._backend) else {}
-        if chat_template is not None:
-            tokenizer.chat_template = chat_template
+        named = tokenizer.special_tokens_map
+        self.special_tokens: Mapping[str, str] = {name: str(token) for name, token in named.items()}
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        self.chat_template: str | None = own if chat_template is None else chat_template
+        self.folder = folder
 
     @classmethod
     def load(cls, folder: str | Path, chat_template: Path | None = None) -> "Tokenizer":
@@ -56,29 +80,37 @@ class Tokenizer:
                 template = chat_template.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise StartupError(f"The chat template {chat_template} cannot be read: {error}") from error
-        return cls(tokenizer, template)
+        return cls(tokenizer, template, Path(folder))
+
+    def changed(self, tokens: Sequence[NewToken], special_tokens: Mapping[str, str]) -> "Tokenizer":
+        """This one with `tokens` added, or in place of those of the same ids, and other named special tokens. Raises
+        ValueError when a token cannot have its id."""
+        other = copy.copy(self)
+        other.special_tokens = dict(special_tokens)
+        if tokens:
+            document = json.loads(self._backend.to_str())
+            added = {token["id"]: token for token in document["added_tokens"]} | {one.id: asdict(one) for one in tokens}
+            document["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+            other._backend = RustTokenizer.from_str(json.dumps(document))
+        for token in tokens:
+            got = other._backend.token_to_id(token.content)
+            if got != token.id:
+                raise ValueError(f"the token {token.content[:64]!r} would have the id {got}, not {token.id}")
+        return other
+
+    @property
+    def backend(self) -> RustTokenizer:
+        return self._backend
 
     @property
     def eos_token_id(self) -> int | None:
-        return self._hf.eos_token_id  # type: ignore[return-value]
+        token = self.special_tokens.get("eos_token")
+        return None if token is None else self._backend.token_to_id(token)
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id, added tokens included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._hf.chat_template is not None
-
-    @property
-    def chat_template(self) -> str | None:
-        template = self._hf.chat_template
-        return template if isinstance(template, str) else None
-
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        return {name: str(token) for name, token in self._hf.special_tokens_map.items() if isinstance(token, str)}
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequest for text that is no Unicode."""
@@ -90,33 +122,48 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Render `messages` with the chat template and encode the result. Raises InvalidRequest.
+        """Render `messages` with the chat template and encode the result. Raises InvalidRequest."""
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
+        return self.encode_rendered(text)
 
-        transformers renders in jinja2's immutable sandbox; special tokens come from the template alone.
-        """
-        if not self.has_chat_template:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """What the template makes of `messages`, as transformers' apply_chat_template has it. Raises InvalidRequest."""
+        if self.chat_template is None:
             raise InvalidRequest(
-                "This model has no chat template. Use /v1/completions with a prompt, or start the server with "
-                "--chat-template FILE.",
+                "There is no chat template: this model brings none. Push the adapter with a chat_template.jinja, start "
+                "the server with --chat-template FILE, or use /v1/completions with a prompt.",
                 param="messages",
                 code="no_chat_template",
             )
         try:
-            text = self._hf.apply_chat_template(
-                list(messages),
-                tokenize=False,
+            [text], _ = render_jinja_template(
+                # some clients send null for what they leave out, which templates would print
+                [[{name: value for name, value in one.items() if value is not None} for one in messages]],
+                chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                **self.special_tokens,  # type: ignore[arg-type]
             )
         except Exception as error:  # the template is the operator's, so whatever it was, the messages brought it about
             why = str(error)[:500] if isinstance(error, TemplateError | ValueError) else repr(error)[:500]
             raise InvalidRequest(f"The chat template refused the messages: {why}", param="messages") from error
-        assert isinstance(text, str), "tokenize=False renders text"
+        return text
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """A rendered chat; its special tokens come from the template alone. Raises InvalidRequest."""
         if len(text) > MAX_RENDERED_CHARS:
             raise InvalidRequest("The rendered chat is too long.", param="messages")
         return self.encode(text, add_special_tokens=False)
