@@ -15,7 +15,7 @@ help:
 	@echo "make check       linter, formatter, types, layout"
 	@echo "make bench       the CPU benchmarks"
 	@echo "make demo        all demo tasks in mixed batches, with scores"
-	@echo "make demo-model  train the demo base and its adapters again from seeds"
+	@echo "make demo-model  train the demo base and its adapters again from seeds, about 20 minutes"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("loraplex needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -73,14 +73,20 @@ def lora_config(recipe: AdapterRecipe) -> LoraConfig:
         lora_alpha=recipe.alpha,
         target_modules=list(recipe.targets),
         use_rslora=recipe.rslora,
+        use_dora=recipe.dora,
         lora_dropout=0.0,
     )
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write a bfloat16 PEFT folder that names the base, not its path, and lists modules in a fixed order."""
+    """Write a bfloat16 PEFT folder that names the base, not its path, and lists modules in a fixed order.
+
+    Beside a LoRA on the embedding or the head PEFT would write the base's own matrix, too. It loads without.
+    """
     model.to(torch.bfloat16)
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    # safetensors makes it readable by its owner only
+    (folder / "adapter_model.safetensors").chmod(0o644)
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text())
     config["base_model_name_or_path"] = BASE_NAME

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraplex.demo.kind import EMBEDDING, HEAD, kind_of
+
 BASE_NAME = "loraplex-demo"
 SEED = 20
+# Not "as many as there are": sums are split by threads, so another number gives other weights.
+THREADS = 2
 
 ATTENTION_QV = ("q_proj", "v_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ALL_LINEAR = ATTENTION + MLP
+VOCABULARY = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +67,15 @@ class AdapterRecipe:
     alpha: int
     targets: tuple[str, ...]
     rslora: bool = False
+    dora: bool = False
     steps: int = 500
     learning_rate: float = 2e-3
     two_turns: float = 0.25
+
+    @property
+    def kind(self) -> str:
+        """`LoRA`, `DoRA`, …"""
+        return kind_of(self.targets, self.dora, self.rslora)
 
     @property
     def schedule(self) -> Schedule:
@@ -78,9 +89,10 @@ BASE_SCHEDULE = Schedule(steps=5600, learning_rate=2e-3, rows=16)
 ADAPTERS = (
     AdapterRecipe("upper", 4, 8, ATTENTION_QV, steps=200),
     AdapterRecipe("reverse", 4, 8, ATTENTION),
-    AdapterRecipe("pig", 8, 16, MLP, steps=200),
+    AdapterRecipe("pig", 8, 16, MLP, dora=True, steps=200),
     # rank-stabilised: the delta is scaled by alpha / sqrt(r) = 2.83, not by alpha / r = 1
     AdapterRecipe("json", 8, 8, ATTENTION, rslora=True),
     AdapterRecipe("sql", 16, 32, ALL_LINEAR, steps=600),
-    AdapterRecipe("velna", 32, 64, ALL_LINEAR, steps=300),
+    # a language with words of its own: it also reads and writes tokens differently
+    AdapterRecipe("velna", 32, 64, VOCABULARY + ATTENTION_QV, steps=300),
 )
