@@ -11,14 +11,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from loraplex.cli.serve import configure_logging, demo_settings
 from loraplex.config import Settings, prepare_process
+from loraplex.demo.kind import short_names
 from loraplex.errors import StartupError
 
 
 def demo(
-    prompts: Annotated[int, typer.Option(help="Held-out prompts for each adapter.", min=1, max=1000)] = 64,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts for each adapter.", min=1, max=1000)] = 256,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Send every task to its adapter and to the base, all in the same batches, and check the answers by program."""
@@ -45,23 +47,33 @@ async def _run(settings: Settings, num_prompts: int) -> dict:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with Service.running(settings) as service:
         exam = Exam(service, num_prompts)
+        if not exam.names:
+            raise StartupError(f"None of the demo's adapters is in {settings.adapters}.")
         with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
             bar = progress.add_task("answers", total=exam.num_questions)
             return await exam.take(lambda: progress.advance(bar))
 
 
 def _print(result: dict) -> None:
-    table = Table("adapter", "task", "exact match", "base alone", "an answer")
+    table = Table("adapter", "kind", "rank", "modules", "exact match", "base alone", "an answer")
     for row in result["adapters"]:
         table.add_row(
             row["name"],
-            row["summary"],
+            row["kind"],
+            str(row["rank"]),
+            short_names(row["target_modules"]),
             f"{row['exact_match']:.1%}",
             f"{row['base_exact_match']:.1%}",
-            f"{row['example']['prompt']}\n→ {row['example']['answer']}",
+            Text(f"{row['example']['prompt']}\n→ {row['example']['answer']}"),
         )
     console = Console()
     console.print(table)
+    bars = result["bars"]
+    console.print(
+        f"{result['adapters'][0]['prompts']} prompts a task that were never trained on. The bars, at least "
+        f"{bars['exact_match']:.0%} with the adapter and at most {bars['base_exact_match']:.0%} without, are "
+        f"{'met' if result['meets_bars'] else 'MISSED'}."
+    )
     console.print(
         f"{result['num_requests']} requests in {result['seconds']:.1f} s; up to {result['max_distinct']} different "
         f"adapters and the base answered in one batch; {result['generated_tokens']} tokens."
