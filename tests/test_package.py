@@ -1,7 +1,13 @@
-"""The wheel: everything that an installed loraplex reads at run time is inside, and nothing else comes along."""
+"""The wheel: everything that an installed loraplex reads at run time is inside, nothing else comes along, and from an
+environment of its own, outside the checkout, the demo meets its bars.
+"""
 
+import json
+import os
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -11,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
-    """The names of the files in the wheel, built by the backend itself: no isolated environment, no network."""
+def wheel_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built by the backend itself: no isolated environment, no network."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
@@ -22,7 +28,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> frozenset[str]:
         timeout=60,
     )
     (path,) = folder.glob("loraplex-*.whl")
-    with zipfile.ZipFile(path) as archive:
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file: Path) -> frozenset[str]:
+    """The names of the files in the wheel."""
+    with zipfile.ZipFile(wheel_file) as archive:
         return frozenset(archive.namelist())
 
 
@@ -61,3 +73,58 @@ def test_nothing_else_is_inside(wheel: frozenset[str]):
     foreign = {name for name in wheel if not name.startswith(("loraplex/", "loraplex-"))}
     assert not foreign
     assert not {name for name in wheel if "__pycache__" in name or name.endswith((".nbc", ".nbi"))}
+
+
+# -- installed ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(wheel_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a new environment with the wheel in it.
+
+    Its dependencies are this environment's, by a .pth file. The .pth files of a folder that is added so are not read:
+    an editable loraplex stays invisible.
+    """
+    folder = tmp_path_factory.mktemp("installed") / "environment"
+    venv.create(folder, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "--disable-pip-version-check"]
+    subprocess.run(
+        [*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel_file)],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+def run_installed(folder: Path, program: str, *arguments: str, home: Path) -> str:
+    """What a program of the environment prints: with nothing of this process's environment, `home` as its home and
+    current folder."""
+    env = {"HOME": str(home), "PATH": os.defpath, "TMPDIR": str(home), "LC_ALL": "C.UTF-8"}
+    done = subprocess.run(
+        [folder / "bin" / program, *arguments], cwd=home, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_installed_package_is_the_wheels(installed: Path, tmp_path: Path):
+    code = "import loraplex, loraplex.demo.paths as p; print(loraplex.__file__, p.BASE_FOLDER, p.adapters_folder())"
+    paths = [Path(path) for path in run_installed(installed, "python", "-c", code, home=tmp_path).split()]
+    assert len(paths) == 3
+    assert all(path.exists() and path.is_relative_to(installed) for path in paths)
+
+
+def test_the_installed_demo_meets_its_bars(installed: Path, tmp_path: Path):
+    result = json.loads(run_installed(installed, "loraplex", "demo", "--json", "--prompts", "200", home=tmp_path))
+    rows = result["adapters"]
+    assert len(rows) >= 5
+    for row in rows:
+        assert row["prompts"] >= 200
+        assert row["exact_match"] >= 0.95, row
+        assert row["base_exact_match"] <= 0.30, row
+    assert result["meets_bars"] is True
+    assert result["max_distinct"] >= 5
+    assert not list(tmp_path.glob("loraplex-demo-*")), "the demo leaves its data behind"
