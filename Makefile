@@ -7,7 +7,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 DATA ?= .loraplex
 PORT ?= 8000
 
-.PHONY: help run test test-slow check format bench demo demo-model coverage clean
+.PHONY: help run test test-slow check format bench demo demo-model matrix coverage clean
 
 help:
 	@echo "make run         serve the demo on http://127.0.0.1:$(PORT)"
@@ -15,6 +15,7 @@ help:
 	@echo "make check       linter, formatter, types, layout"
 	@echo "make bench       the CPU benchmarks"
 	@echo "make demo        all demo tasks in mixed batches, with scores"
+	@echo "make matrix      write the README's table of architectures and adapters, from the tests"
 	@echo "make demo-model  train the demo base and its adapters again from seeds, about 20 minutes"
 
 $(VENV)/bin/python:
@@ -61,6 +62,9 @@ bench: $(STAMP)
 
 demo-model: $(DEV_STAMP)
 	$(BIN)/python -m loraplex.demo.build
+
+matrix: $(DEV_STAMP)
+	PYTHONPATH=server:tests:tests/model $(BIN)/python tests/model/matrix.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .coverage

@@ -22,7 +22,7 @@ SERVED: dict[str, tuple[str, dict, str]] = {
         "up to its original length",
     ),
     "mistral": ("mistral", {**SHAPE, "sliding_window": 24}, "sliding window"),
-    "mixtral": ("mixtral", {**SHAPE, **_EXPERTS}, "experts; LoRA on attention"),
+    "mixtral": ("mixtral", {**SHAPE, **_EXPERTS}, "experts"),
     "qwen2": ("qwen2", {**SHAPE}, "biases on q, k, v"),
     "qwen2_moe": (
         "qwen2_moe",
@@ -33,13 +33,13 @@ SERVED: dict[str, tuple[str, dict, str]] = {
             "num_experts": 4,
             "num_experts_per_tok": 2,
         },
-        "experts; LoRA on attention and the shared expert",
+        "experts and a shared one",
     ),
     "qwen3": ("qwen3", {**_HEADS}, "normed queries and keys"),
     "qwen3_moe": (
         "qwen3_moe",
         {**_HEADS, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
-        "experts; LoRA on attention",
+        "experts",
     ),
     "gemma": ("gemma", {**_HEADS}, "scaled embeddings"),
     "gemma2": ("gemma2", {**_HEADS, "sliding_window": 24, "query_pre_attn_scalar": 32}, "soft caps, mixed windows"),
@@ -71,7 +71,7 @@ SERVED: dict[str, tuple[str, dict, str]] = {
     "granite": ("granite", {**SHAPE}, "scaled residuals and logits"),
     "cohere2": ("cohere2", {**SHAPE, "sliding_window": 24, "num_hidden_layers": 4}, "parallel blocks, mixed windows"),
     "starcoder2": ("starcoder2", {**SHAPE, "sliding_window": 24}, "sliding window, biases"),
-    "gpt_oss": ("gpt_oss", {**_HEADS, **_EXPERTS, "sliding_window": 24}, "attention sinks; LoRA on attention"),
+    "gpt_oss": ("gpt_oss", {**_HEADS, **_EXPERTS, "sliding_window": 24}, "attention sinks, experts with biases"),
     "deepseek_v3": (
         "deepseek_v3",
         {
@@ -89,21 +89,16 @@ SERVED: dict[str, tuple[str, dict, str]] = {
             "v_head_dim": 32,
             "first_k_dense_replace": 1,
         },
-        "latent attention, K and V of different sizes; LoRA on attention",
+        "latent attention, K and V of different sizes, experts",
     ),
     "smollm3": ("smollm3", {**SHAPE}, "layers without RoPE"),
     "glm4": ("glm4", {**_HEADS}, "fused gate, up"),
     "llama4_text": (
         "llama4_text",
         {**_HEADS, "intermediate_size_mlp": 128, "num_local_experts": 2, "num_experts_per_tok": 1},
-        "within one attention chunk; LoRA on attention",
+        "within one attention chunk",
     ),
 }
-
-# Linear modules that the parity test's adapters leave alone: a gate of experts, and names that PEFT would extend to
-# the experts' own parameters, which are not served yet.
-NOT_TARGETED = {"shared_expert_gate"}
-NOT_TARGETED_IN = {"deepseek_v3": {"gate_proj", "up_proj", "down_proj"}}
 
 # model_type -> (config, words of the refusal)
 REFUSED: dict[str, tuple[dict, tuple[str, ...]]] = {

@@ -32,7 +32,8 @@ class Oracle:
 
     def _delta_hook(self, weights: LoRAWeights, name: str, scale: float):
         shape, delta = self.targets[name], weights.modules[name]
-        gain, shift = weights.vectors(shape)
+        extra = weights.extra(shape)
+        gain, shift = (None, None) if extra is None else (extra.gain, extra.shift)
         a, b = weights.a(shape).float(), weights.bt(shape).float().T
 
         def hook(module, inputs, output):

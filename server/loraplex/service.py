@@ -3,13 +3,12 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
-import torch
 
 from loraplex.catalog import AdapterCatalog, Catalogued
 from loraplex.config import Settings
@@ -31,12 +30,11 @@ from loraplex.errors import (
 )
 from loraplex.generation import Generation
 from loraplex.generation_request import GenerationRequest, Prompt
-from loraplex.lora.reader import AdapterReader, WeightOf
+from loraplex.lora.reader import AdapterReader
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
-from loraplex.lora.weights import ModuleShape
-from loraplex.model.loader import read_config
+from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.routing.names import nearest_names, parse_model
 from loraplex.text.adapter_text import AdapterText
@@ -110,8 +108,10 @@ class Service:
             spec = engine_spec(settings, tokenizer)
             readers: list[AdapterReader] = []
 
-            def make_reader(targets: Mapping[str, ModuleShape], dtype: torch.dtype, weight_of: WeightOf) -> ReadAdapter:
-                reader = AdapterReader(store.blobs, targets, dtype, spec.max_lora_rank, weight_of)
+            def make_reader(base: BaseModel) -> ReadAdapter:
+                reader = AdapterReader(
+                    store.blobs, base.targets, base.dtype, spec.max_lora_rank, base.tensor_of, base.fingerprint
+                )
                 readers.append(reader)
                 return reader.read
 

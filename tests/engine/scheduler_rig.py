@@ -19,7 +19,7 @@ from loraplex.errors import AdapterLoadFailed, LoraplexError
 class FakeWeights:
     digest: str
     nbytes: int
-    has_vectors: bool = False
+    is_additive: bool = True
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from loraplex.model.linear import ROW_MULTIPLE
 
 
 class FakePool:
-    """The adapter in place p has rank p + 1; the last one has a delta on the output head."""
+    """The adapter in place p has rank p + 1; the last one changes the output head."""
 
     def __init__(self, head_place: int):
         self.head_place = head_place
@@ -23,10 +23,10 @@ class FakePool:
     def max_rank(self, places: list[int]) -> int:
         return max(places) + 1
 
-    def has_vectors(self, place: int) -> bool:
-        return False
+    def is_additive(self, place: int) -> bool:
+        return True
 
-    def has_head(self, places) -> bool:
+    def changes_head(self, places) -> bool:
         return self.head_place in set(places)
 
 

@@ -32,7 +32,9 @@ def base() -> BaseModel:
 @pytest.fixture
 def memory(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
     """Sets what is left after the linears' packed copies, which the plan takes off what the machine has."""
-    linears = (base.weight_of(name) for name, shape in base.targets.items() if shape.kind != "embedding")
+    linears = (
+        base.tensor_of(f"{name}.weight") for name, shape in base.targets.items() if shape.kind in ("linear", "head")
+    )
     packed = sum(weight.nbytes for weight in linears if is_packed(weight))
 
     def set_available(nbytes: int) -> None:

@@ -124,7 +124,7 @@ def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         peft_model.save_pretrained(str(folder))
     digests = {}
     with AdapterStore(folder / "store") as store:
-        reader = AdapterReader(store.blobs, world.base.targets, torch.float32, 64, world.base.weight_of)
+        reader = AdapterReader(store.blobs, world.base.targets, torch.float32, 64, world.base.tensor_of)
         for name in shapes(model_type):
             with store.import_folder(folder / name) as staging:
                 reader.check(staging.folder)

@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from loraplex.lora.assemble import TensorOf
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME
-from loraplex.lora.reader import AdapterReader, WeightOf
+from loraplex.lora.reader import AdapterReader
 from loraplex.lora.weights import ModuleShape
-from loraplex.model.lora_layers import lora_targets
+from loraplex.model.targets import find_targets
 from tiny import make_model
 
 
 def targets_of(model: torch.nn.Module) -> dict[str, ModuleShape]:
-    """The LoRA targets of `model`."""
-    return lora_targets(model)
+    """What an adapter can change of `model`."""
+    return find_targets(model)
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Adapter:
         return self
 
     def reader(
-        self, dtype: torch.dtype = torch.float32, max_rank: int = 64, weight_of: WeightOf | None = None
+        self, dtype: torch.dtype = torch.float32, max_rank: int = 64, tensor_of: TensorOf | None = None
     ) -> AdapterReader:
-        return AdapterReader(self.folder.parent, self.base.targets, dtype, max_rank, weight_of)
+        return AdapterReader(self.folder.parent, self.base.targets, dtype, max_rank, tensor_of)
 
 
 def save_with_peft(base: Base, folder: Path, **config: Any) -> Any:

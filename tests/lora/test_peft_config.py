@@ -70,16 +70,10 @@ def test_ignored_fields_are_told_with_a_reason(field: str):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
-        ("target_parameters", ["experts.gate_up_proj"]),
         ("use_qalora", True),
         ("alora_invocation_tokens", [5]),
         ("arrow_config", {"top_k": 3}),
         ("layer_replication", [[0, 4], [2, 5]]),
-        ("ensure_weight_tying", True),
         ("a_field_of_peft_9", 3),
         ("a_field_of_peft_9", True),
         ("init_lora_weights", "pissa"),
@@ -114,6 +108,19 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any):
 )
 def test_code_is_never_run(fields: dict[str, Any]):
     assert "never run" in refusal(**fields)
+
+
+def test_what_is_trained_beside_the_lora():
+    config = parse(bias="all", modules_to_save=["norm"], trainable_token_indices=[5, 3], ensure_weight_tying=True)
+    assert (config.bias, config.modules_to_save, config.ensure_weight_tying) == ("all", ("norm",), True)
+    assert config.token_indices == {"": (5, 3)}
+    assert parse(trainable_token_indices={"lm_head": [7]}).token_indices == {"lm_head": (7,)}
+    assert parse(bias=None).bias == parse(bias="none").bias == "none"
+
+
+def test_target_parameters_may_stand_alone():
+    config = parse(target_modules=[], target_parameters=["experts.gate_up_proj"])
+    assert (config.target_modules, config.target_parameters) == ((), ("experts.gate_up_proj",))
 
 
 def test_transformers_auto_mapping_is_ignored():
@@ -161,6 +168,19 @@ def test_an_unknown_field_that_is_off_is_accepted(off: Any):
         ({"exclude_modules": 3}, "exclude_modules"),
         ({"target_modules": "q_proj", "layers_to_transform": [1]}, "layers_to_transform"),
         ({"layers_pattern": ["layers"]}, "layers_pattern"),
+        ({"bias": "some"}, "bias to 'some'"),
+        ({"bias": ["all"]}, "bias to ['all']"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save"),
+        ({"modules_to_save": ["lm.*head"]}, "modules_to_save"),
+        ({"modules_to_save": ["x"] * 300}, "modules_to_save"),
+        ({"trainable_token_indices": [1, "2"]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1, -2]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1, 1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"lm_head": []}}, "trainable_token_indices"),
+        ({"trainable_token_indices": 4}, "trainable_token_indices"),
+        ({"target_parameters": ["a/b"]}, "target_parameters"),
+        ({"target_parameters": "gate_up_proj"}, "target_parameters"),
+        ({"ensure_weight_tying": "yes"}, "ensure_weight_tying"),
     ],
 )
 def test_values_of_a_wrong_kind(fields: dict[str, Any], word: str):

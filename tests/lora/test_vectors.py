@@ -13,12 +13,12 @@ from loraplex.model.lora_layers import weight_and_bias
 from tiny import make_model
 
 
-def stored(folder: Path, tmp_path: Path, base: Base, weight_of=None):
+def stored(folder: Path, tmp_path: Path, base: Base, tensor_of=None):
     """The adapter of `folder` as the engine gets it."""
     with AdapterStore(tmp_path / "store") as store:
         with store.import_folder(folder) as staging:
             digest = store.commit(staging)
-            return AdapterReader(store.blobs, base.targets, torch.float32, 64, weight_of).read(digest)
+            return AdapterReader(store.blobs, base.targets, torch.float32, 64, tensor_of).read(digest)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
@@ -28,19 +28,19 @@ def test_gains_are_pefts(model_type: str, tmp_path: Path):
     base = Base(model_type, targets_of(model))
     names = ["q_proj", "down_proj"] if model_type == "llama" else ["c_attn"]
     peft_model = save_with_peft(base, tmp_path / "adapter", r=4, use_dora=True, target_modules=names)
-    weights = stored(
-        tmp_path / "adapter", tmp_path, base, lambda name: weight_and_bias(base.model().get_submodule(name))[0]
-    )
-    assert weights.has_vectors
+    weights = stored(tmp_path / "adapter", tmp_path, base, lambda path: base.model().get_parameter(path))
+    assert not weights.is_additive
     for name in weights.modules:
         layer = peft_model.base_model.model.get_submodule(name)
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         dora = layer.lora_magnitude_vector["default"]
         weight = weight_and_bias(layer.base_layer)[0]
         norm = (weight + layer.scaling["default"] * b @ a).norm(dim=1)
-        gain, shift = weights.vectors(base.targets[name])
+        extra = weights.extra(base.targets[name])
+        assert extra is not None
+        gain = extra.gain
         assert gain is not None
-        assert shift is None
+        assert extra.shift is None
         torch.testing.assert_close(gain, (dora.weight / norm).detach())
         torch.testing.assert_close(weights.bt(base.targets[name]).T, (gain.unsqueeze(1) * b).detach())
         assert torch.equal(weights.a(base.targets[name]), a.detach())
@@ -52,10 +52,10 @@ def test_the_slab_of_a_check_is_as_large_as_the_one_that_is_served(llama: Base, 
     checked = Adapter(tmp_path / "adapter", llama).reader().check(tmp_path / "adapter")
     model = llama.model()
 
-    def weight_of(name: str) -> torch.Tensor:
-        return weight_and_bias(model.get_submodule(name))[0]
+    def tensor_of(path: str) -> torch.Tensor:
+        return model.get_parameter(path)
 
-    served = stored(tmp_path / "adapter", tmp_path, llama, weight_of)
+    served = stored(tmp_path / "adapter", tmp_path, llama, tensor_of)
     assert checked.facts.num_values == checked.plan.numel == served.slab.numel()
 
 
@@ -68,7 +68,7 @@ def test_a_row_of_zeros_has_no_norm(llama: Base, tmp_path: Path):
 
     adapter.edit(clear)
     with pytest.raises(AdapterLoadFailed, match="not finite"):
-        stored(adapter.folder, tmp_path, llama, lambda name: torch.zeros(*_shape(llama, name)))
+        stored(adapter.folder, tmp_path, llama, lambda path: torch.zeros(*_shape(llama, path.removesuffix(".weight"))))
 
 
 def test_magnitudes_must_be_finite(llama: Base, tmp_path: Path):

@@ -4,102 +4,24 @@ import copy
 import warnings
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from adapter_shapes import SHAPES
+from matrix import build, head, run_row, table_in
+from transformers import AutoConfig
 
-import tiny
-from architectures import NOT_TARGETED, NOT_TARGETED_IN, REFUSED, SERVED
-from harness import Driver, World, make_world_of, random_ids, request
+from architectures import REFUSED, SERVED
 from loraplex.errors import UnsupportedModel
-from loraplex.lora.reader import AdapterReader
-from loraplex.lora.store import AdapterStore
 from loraplex.model.support import check_config, check_length, freeze_rope
 
-TOLERANCE = 1e-4
 README = Path(__file__).parents[2] / "README.md"
-
-
-def build(name: str) -> PreTrainedModel:
-    model_type, config, _ = SERVED[name]
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some configs warn about defaults that a tiny model does not meet
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32)
-    return tiny.sharpen(model)
-
-
-def save_adapters(model: PreTrainedModel, targets: list[str], folder: Path) -> peft.PeftModel:
-    """Two adapters, on all `targets` and on the first, written by PEFT."""
-    wrapped = None
-    for name, modules in (("wide", targets), ("narrow", targets[:1])):
-        config = peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=4,
-            lora_alpha=8,
-            target_modules=modules,
-            fan_in_fan_out=model.config.model_type == "gpt2",
-        )
-        if wrapped is None:
-            wrapped = peft.get_peft_model(model, config, adapter_name=name)
-        else:
-            wrapped.add_adapter(name, config)
-    assert wrapped is not None
-    for key, parameter in wrapped.named_parameters():
-        if ".lora_B." in key or ".lora_embedding_A." in key:
-            nn.init.normal_(parameter, std=0.2)
-    wrapped.eval().save_pretrained(str(folder))
-    return wrapped
-
-
-@torch.inference_mode()
-def peft_logits(model: peft.PeftModel, adapter: str | None, token_ids: list[int]) -> torch.Tensor:
-    ids = torch.tensor([token_ids])
-    if adapter is None:
-        with model.disable_adapter():
-            return model(ids).logits[0]
-    model.set_adapter(adapter)
-    return model(ids).logits[0]
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_served(name: str, tmp_path: Path):
-    """The proof passes (make_world_of runs it), and mixed batches equal PEFT at every position."""
-    world: World = make_world_of(build(name), SERVED[name][0])
-    targets = sorted(
-        {path.rpartition(".")[2] for path in world.base.targets} - NOT_TARGETED - NOT_TARGETED_IN.get(name, set())
-    )
-    assert targets
-    torch.manual_seed(3)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|save_embedding_layers|fan_in_fan_out)")
-        peft_model = save_adapters(copy.deepcopy(world.reference), targets, tmp_path)
-    digests: dict[str | None, str | None] = {None: None}
-    with AdapterStore(tmp_path / "store") as store:
-        reader = AdapterReader(store.blobs, world.base.targets, torch.float32, 64, world.base.weight_of)
-        for adapter in ("wide", "narrow"):
-            with store.import_folder(tmp_path / adapter) as staging:
-                digest = store.commit(staging)
-                digests[adapter] = digest
-                world.adapters[digest] = reader.read(digest)
-    adapters = [list(digests)[i % 3] for i in range(6)]
-    prompts = [random_ids(30 + 5 * i, seed=i) for i in range(6)]
-    with world.engine(max_num_batched_tokens=24) as engine:
-        driver = Driver(engine)
-        for i, prompt in enumerate(prompts):
-            use = world.use(digests[adapters[i]])
-            driver.add(request(str(i), prompt, use, max_tokens=4, prompt_logprobs=0))
-        outcomes = driver.run()
-        recorded = world.runner.recorded
-    for i, prompt in enumerate(prompts):
-        token_ids = [*prompt, *outcomes[str(i)].tokens]
-        expected = peft_logits(peft_model, adapters[i], token_ids)
-        assert len(recorded[str(i)]) == len(token_ids) - 1
-        for position, row in recorded[str(i)].items():
-            spread = expected[position].max() - expected[position].min()
-            assert (row - expected[position]).abs().max() <= TOLERANCE * spread, (adapters[i], position)
+    """Every shape of adapter equals PEFT in one mixed batch, or is refused; the README says which."""
+    row = run_row(name, tmp_path)
+    assert row in table_in(README.read_text(encoding="utf-8")).splitlines(), f"make matrix: the row is now\n{row}"
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -152,10 +74,8 @@ def test_longrope_is_frozen_by_the_servers_length(max_model_len: int, is_long: b
 
 
 def test_readme_lists_what_is_tested():
-    """The table between the markers is made from SERVED; the failure prints what it should be."""
-    table = "\n".join(
-        ["| architecture | what it shows |", "|---|---|", *(f"| {name} | {SERVED[name][2]} |" for name in SERVED)]
-    )
-    begin, end = "<!-- architectures: begin -->", "<!-- architectures: end -->"
-    text = README.read_text(encoding="utf-8")
-    assert text.partition(begin)[2].partition(end)[0].strip() == table, f"README.md needs:\n{begin}\n{table}\n{end}"
+    first, rule, *rows = table_in(README.read_text(encoding="utf-8")).splitlines()
+    assert f"{first}\n{rule}" == head()
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(SERVED)
+    assert len(SERVED) >= 24
+    assert len(SHAPES) >= 12

@@ -44,7 +44,7 @@ def test_a_loaded_model(folder: Path):
     assert base.num_parameters == sum(parameter.numel() for parameter in original.parameters())
     assert base.nbytes == 2 * base.num_parameters
     weight = original.get_submodule("model.layers.1.mlp.up_proj").weight
-    assert torch.equal(base.weight_of("model.layers.1.mlp.up_proj"), weight.bfloat16())
+    assert torch.equal(base.tensor_of("model.layers.1.mlp.up_proj.weight"), weight.bfloat16())
 
 
 def test_the_fingerprint_tells_models_apart():

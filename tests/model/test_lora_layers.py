@@ -9,8 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from harness import Driver, World, make_world, random_ids, request
-from loraplex.model.lora_layers import BaseLinear, LoRALinear, base_of, lora_targets, weight_and_bias
+from loraplex.model.lora_layers import BaseLinear, LoRALinear, weight_and_bias
 from loraplex.model.step_context import StepContext
+from loraplex.model.targets import base_of, linear_targets
 from loraplex.ops import torch_ops
 
 
@@ -122,4 +123,4 @@ def test_a_subclass_of_a_linear_is_left_alone():
         pass
 
     model = nn.ModuleDict({"router": Router(4, 2), "plain": nn.Linear(4, 2)})
-    assert list(lora_targets(model)) == ["plain"]
+    assert list(linear_targets(model)) == ["plain"]

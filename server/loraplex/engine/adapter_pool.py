@@ -1,7 +1,8 @@
 """AdapterPool: the device tier. Which adapter's slab stands in which place, as the kernels read it.
 
 On a CPU a place holds the RAM tier's own slab: no copy. On another device it holds a copy. The tables are [modules,
-places]; every LoRA layer sees its row as a `ModulePool`. Written only by the runner, between forward passes.
+places]; every LoRA layer sees its row as a `ModulePool`. A stack of E experts has a table of its own, of places · E
+(see `ExpertTable`). Written only by the runner, between forward passes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,8 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from loraplex.lora.weights import LoRAWeights, ModuleShape
-from loraplex.model.lora_layers import Vectors
+from loraplex.lora.weights import Extra, LoRAWeights, ModuleDelta, ModuleShape
 from loraplex.ops import ModulePool
 
 
@@ -18,15 +18,16 @@ class AdapterPool:
     def __init__(self, targets: Mapping[str, ModuleShape], num_places: int, device: torch.device):
         self.num_places = num_places
         self._device = device
-        self._row_of = {name: row for row, name in enumerate(targets)}
-        self._head_rows = [row for row, shape in enumerate(targets.values()) if shape.kind == "head"]
-        size = (len(targets), num_places)
+        self._targets = targets
+        linears = {name: shape for name, shape in targets.items() if shape.kind in ("linear", "head", "embedding")}
+        self._row_of = {name: row for row, name in enumerate(linears)}
+        self._heads = [name for name, shape in linears.items() if shape.kind == "head"]
+        size = (len(linears), num_places)
         self._slabs: list[torch.Tensor | None] = [None] * num_places
         self._digests: list[str | None] = [None] * num_places
+        self._is_additive = [True] * num_places
+        self.extras: dict[str, list[Extra | None]] = {name: [None] * num_places for name in targets}
         # Written on the host, so that nothing here waits for the device.
-        self.vectors: dict[str, list[Vectors | None]] = {name: [None] * num_places for name in targets}
-        self._targets = targets
-        self._has_vectors = [False] * num_places
         self._address = torch.zeros(num_places, dtype=torch.int64)
         self._rank = torch.zeros(size, dtype=torch.int32)
         self._offset_a = torch.zeros(size, dtype=torch.int64)
@@ -43,8 +44,12 @@ class AdapterPool:
                 self._offset_b[row],
                 self._scaling[row],
             )
-            for row, (name, shape) in enumerate(targets.items())
+            for row, (name, shape) in enumerate(linears.items())
         }
+        self._experts = {
+            name: ExpertTable(shape, num_places) for name, shape in targets.items() if shape.kind == "experts"
+        }
+        self.modules |= {name: table.pool for name, table in self._experts.items()}
 
     def load(self, place: int, weights: LoRAWeights) -> None:
         """Put an adapter into `place`, over whatever stood there."""
@@ -55,44 +60,97 @@ class AdapterPool:
         self._digests[place] = weights.digest
         self._address[place] = slab.data_ptr()
         for name, delta in weights.modules.items():
+            if name in self._experts:
+                self._experts[name].load(place, slab, delta)
+                continue
             row = self._row_of[name]
             self._rank[row, place] = delta.rank
             self._offset_a[row, place] = delta.offset_a
             self._offset_b[row, place] = delta.offset_b
             self._scaling[row, place] = delta.scaling
-        if weights.has_vectors:
-            self._has_vectors[place] = True
-            for name in weights.modules:
-                gain, shift = weights.vectors(self._targets[name])
-                if gain is not None or shift is not None:
-                    self.vectors[name][place] = (gain, shift)
+        if not weights.is_additive:
+            self._is_additive[place] = False
+            for name in weights.modules.keys() | weights.replaced.keys():
+                extra = weights.extra(self._targets[name])
+                if extra is not None and extra.rows is not None:
+                    extra = replace(extra, rows=extra.rows.to(self._device))
+                self.extras[name][place] = extra
 
     def clear(self, place: int) -> None:
         self._slabs[place] = None
         self._digests[place] = None
         self._address[place] = 0
         self._rank[:, place] = 0
-        if self._has_vectors[place]:
-            self._has_vectors[place] = False
-            for places in self.vectors.values():
+        for table in self._experts.values():
+            table.clear(place)
+        if not self._is_additive[place]:
+            self._is_additive[place] = True
+            for places in self.extras.values():
                 places[place] = None
 
     def digest_in(self, place: int) -> str | None:
         return self._digests[place]
 
-    def has_vectors(self, place: int) -> bool:
-        """Whether the adapter in `place` has gains or shifts beside its deltas."""
-        return self._has_vectors[place]
+    def is_additive(self, place: int) -> bool:
+        """Whether the adapter in `place` is deltas alone."""
+        return self._is_additive[place]
 
-    def has_head(self, places: Iterable[int]) -> bool:
-        """Whether any adapter in `places` is on the output head."""
-        return any(bool(self._rank[row, place]) for row in self._head_rows for place in places)
+    def changes_head(self, places: Iterable[int]) -> bool:
+        """Whether any adapter in `places` does anything to the output head."""
+        places = list(places)
+        return any(
+            bool(self._rank[self._row_of[name], place]) or self.extras[name][place] is not None
+            for name in self._heads
+            for place in places
+        )
 
     def max_rank(self, places: list[int]) -> int:
-        """The largest rank of any module of the adapters in `places`."""
-        return int(self._rank[:, places].max()) if places else 0
+        """The largest rank of any module of the adapters in `places`, experts aside."""
+        return int(self._rank[:, places].max()) if places and len(self._rank) else 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slabs that stand in places (on a CPU they are the RAM tier's)."""
         return sum(slab.nbytes for slab in self._slabs if slab is not None)
+
+
+class ExpertTable:
+    """The places of one stack of E experts: expert e of the adapter in `place` is at place · E + e."""
+
+    def __init__(self, shape: ModuleShape, num_places: int):
+        self._shape = shape
+        size = num_places * shape.num_experts
+        long = torch.int64
+        self._address = torch.zeros(size, dtype=long)
+        self._rank = torch.zeros(size, dtype=torch.int32)
+        self._offset_a, self._offset_b = torch.zeros(size, dtype=long), torch.zeros(size, dtype=long)
+        self._scaling = torch.zeros(size, dtype=torch.float32)
+        self._slabs: list[torch.Tensor | None] = [None] * size
+        self.pool = ModulePool(
+            shape.in_features,
+            shape.out_features,
+            self._slabs,
+            self._address,
+            self._rank,
+            self._offset_a,
+            self._offset_b,
+            self._scaling,
+        )
+
+    def _entries(self, place: int) -> slice:
+        return slice(place * self._shape.num_experts, (place + 1) * self._shape.num_experts)
+
+    def load(self, place: int, slab: torch.Tensor, delta: ModuleDelta) -> None:
+        entries, experts = self._entries(place), torch.arange(self._shape.num_experts)
+        self._slabs[entries] = [slab] * self._shape.num_experts
+        self._address[entries] = slab.data_ptr()
+        self._rank[entries] = delta.rank
+        self._offset_a[entries] = delta.offset_a + experts * delta.rank * self._shape.in_features
+        self._offset_b[entries] = delta.offset_b + experts * delta.rank * self._shape.out_features
+        self._scaling[entries] = delta.scaling
+
+    def clear(self, place: int) -> None:
+        entries = self._entries(place)
+        self._slabs[entries] = [None] * self._shape.num_experts
+        self._address[entries] = 0
+        self._rank[entries] = 0

@@ -63,7 +63,7 @@ class BatchBuffers:
         self._head = SegmentBuffers(num_segments, device)
 
     def build(self, batch: ScheduledBatch, pool: AdapterPool) -> ForwardBatch:
-        """`pool` tells the ranks of the adapters in their places, and which of them have vectors."""
+        """`pool` tells the ranks of the adapters in their places, and which of them are more than deltas."""
         token = row = 0
         rows = []
         for index, entry in enumerate(batch.entries):
@@ -91,7 +91,7 @@ class BatchBuffers:
             self._tensor(self._positions[:padded]).unsqueeze(0),
             attn,
             self._body.build(batch, token_bounds, pool),
-            self._head.build(batch, row_bounds, pool) if pool.has_head(batch.places) else None,
+            self._head.build(batch, row_bounds, pool) if pool.changes_head(batch.places) else None,
             self._tensor(self._logit_indices[: _padded(row)]),
             row,
             tuple(rows),
@@ -136,7 +136,7 @@ class SegmentBuffers:
     def build(self, batch: ScheduledBatch, bounds: Sequence[int], pool: AdapterPool) -> StepLoRA | None:
         """Rows bounds[i]:bounds[i + 1] are entry i's. None when no row is an adapter's."""
         spans: list[Span] = []
-        vectors: list[tuple[int, int, int]] = []
+        extras: list[Span] = []
         num_rows = index = 0
         entries = batch.entries
         while index < len(entries):
@@ -151,13 +151,13 @@ class SegmentBuffers:
                 count = len(spans)
                 self._segments[:, count] = (start, end, place, num_rows)
                 self._scales[count] = use.scale
-                spans.append(Span(start, end, place, num_rows))
+                spans.append(Span(start, end, place, num_rows, use.scale))
                 num_rows += end - start
-                if pool.has_vectors(place):
-                    # A gain acts on the base's whole product, so it has no meaning in a sum of adapters.
-                    assert len(composition) == 1, "an adapter with DoRA or lora_bias runs alone"
-                    assert use.scale == 1.0, "an adapter with DoRA or lora_bias runs at scale 1"
-                    vectors.append((start, end, place))
+                if not pool.is_additive(place):
+                    # A gain or a replaced parameter acts on the base's whole product: it has no meaning in a sum.
+                    assert len(composition) == 1, "an adapter that is more than deltas runs alone"
+                    assert use.scale == 1.0, "an adapter that is more than deltas runs at scale 1"
+                    extras.append(spans[-1])
         if not spans:
             return None
         count = len(spans)
@@ -165,7 +165,7 @@ class SegmentBuffers:
         max_rank = pool.max_rank([span.place for span in spans])
         scales = self._tensor(self._scales[:count])
         segments = LoRASegments(starts, ends, placed, scales, offsets, num_rows, max_rank)
-        return StepLoRA(segments, tuple(spans), tuple(vectors))
+        return StepLoRA(segments, tuple(spans), tuple(extras))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -16,8 +16,7 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
 from loraplex.engine.runner import ModelRunner
 from loraplex.errors import StartupError
-from loraplex.lora.reader import WeightOf
-from loraplex.lora.weights import ModuleShape
+from loraplex.lora.weights import ModuleShape, slab_numel
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
 from loraplex.model.linear import is_packed
@@ -87,8 +86,8 @@ class EngineInfo:
         return getattr(torch, self.dtype).itemsize
 
 
-MakeReader = Callable[[Mapping[str, ModuleShape], torch.dtype, WeightOf], ReadAdapter]
-"""(targets, compute dtype, the base's weight by module) -> the function that reads an adapter by digest."""
+MakeReader = Callable[[BaseModel], ReadAdapter]
+"""The base that is to be served -> the function that reads an adapter for it, by digest."""
 
 
 def build_engine(
@@ -134,7 +133,7 @@ def assemble_engine(
     if warm_up is not None:
         warm_up(base.dtype)
     proof = prove(runner, reference)
-    engine = Engine(runner, make_reader(base.targets, base.dtype, base.weight_of), wake)
+    engine = Engine(runner, make_reader(base), wake)
     info = EngineInfo(
         config=config,
         targets=base.targets,
@@ -159,8 +158,9 @@ def plan_memory(
     value = base.dtype.itemsize
     token_bytes = sum(layer.num_values for layer in geometry.values()) * value
     block_bytes = token_bytes * spec.block_size
-    linears = [base.weight_of(name) for name, shape in base.targets.items() if shape.kind != "embedding"]
-    packed_bytes = sum(weight.nbytes for weight in linears if is_packed(weight))
+    linears = (name for name, shape in base.targets.items() if shape.kind in ("linear", "head"))
+    weights = [base.tensor_of(f"{name}.weight") for name in linears]
+    packed_bytes = sum(weight.nbytes for weight in weights if is_packed(weight))
     available = max(0, available_memory(base.device) - packed_bytes)
     full_load = -(-max_model_len // spec.block_size) * spec.max_num_seqs * block_bytes
     one_sequence = -(-max_model_len // spec.block_size) * block_bytes
@@ -174,8 +174,8 @@ def plan_memory(
             f"{max_model_len} and needs {one_sequence} bytes. Give more, or set a smaller --max-model-len."
         )
     on_cpu = base.device.type == "cpu"
-    shapes = (shape for shape in base.targets.values() if shape.kind == "linear")
-    per_value = sum(shape.in_features + shape.out_features for shape in shapes) * value
+    shapes = (shape for shape in base.targets.values() if shape.kind in ("linear", "experts"))
+    per_value = slab_numel((shape, 1) for shape in shapes) * value
     pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.max_loras
     needed = num_blocks * block_bytes + (spec.adapter_cache_bytes if on_cpu else pool_bytes)
     if needed > available:

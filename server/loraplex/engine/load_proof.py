@@ -17,7 +17,8 @@ from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence
 from loraplex.errors import UnsupportedModel
-from loraplex.model.linear import is_row_invariant
+from loraplex.model.experts import LoRAExperts
+from loraplex.model.linear import Product, is_row_invariant
 from loraplex.model.lora_layers import BaseLinear
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -79,10 +80,15 @@ def prove(runner: ModelRunner, reference: Reference) -> ProofResult:
 
 def _products_are_invariant(runner: ModelRunner) -> bool:
     """The proof's few rows reach few of the kernels: so the base's products are probed, one of each shape."""
-    layers = {(m.in_features, m.out_features): m for m in runner.base.model.modules() if isinstance(m, BaseLinear)}
+    products: dict[tuple, tuple[Product, int]] = {}
+    for module in runner.base.model.modules():
+        if isinstance(module, BaseLinear):
+            products[module.in_features, module.out_features] = (module.product, module.in_features)
+        elif isinstance(module, LoRAExperts):
+            products |= {("experts", *found): (product, found[0]) for product, found in module.products()}
     return all(
-        is_row_invariant(layer.product, layer.in_features, runner.base.dtype, runner.base.device)
-        for layer in layers.values()
+        is_row_invariant(product, in_features, runner.base.dtype, runner.base.device)
+        for product, in_features in products.values()
     )
 
 

@@ -14,8 +14,8 @@ from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, Scheduled
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import KVCache, LayerGeometry, PagedStep
 from loraplex.model.loader import BaseModel
-from loraplex.model.lora_layers import wrap_modules
 from loraplex.model.step_context import StepContext
+from loraplex.model.targets import wrap_modules
 from loraplex.ops import Ops, select_ops
 
 _NOT_FINITE = Failure(
@@ -39,7 +39,7 @@ class ModelRunner:
         self.cache = KVCache(dict(geometry), config.num_blocks, config.block_size, base.dtype, base.device)
         self.pool = AdapterPool(base.targets, config.max_loras, base.device)
         self._context = StepContext()
-        wrap_modules(base.model, base.targets, self.pool.modules, self.pool.vectors, self._context, self.ops)
+        wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)
         self._sampler = Sampler(config.eos_token_ids)
 

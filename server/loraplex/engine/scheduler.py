@@ -167,16 +167,18 @@ class Scheduler:
         return [*self._refuse_unscalable(), *self._refuse_beside_pins()]
 
     def _refuse_unscalable(self) -> list[SequenceOutput]:
-        """An adapter with gains or shifts (DoRA, lora_bias) acts on the base's whole product: it has no meaning in a
-        sum of adapters or at another scale. Known once it is resident; refused before it could fail its neighbours."""
+        """An adapter that is more than deltas (DoRA's gains, biases, replaced modules or token rows) has no meaning in
+        a sum of adapters or at another scale. Known once it is resident; refused before it could fail its
+        neighbours."""
         message = (
-            "An adapter with DoRA or lora_bias is served alone and at scale 1, not in a composition. Name it by itself."
+            "An adapter with DoRA, trained biases, modules_to_save or trained token rows is served alone and at scale "
+            "1, not in a composition. Name it by itself."
         )
         failure = Failure("invalid_request", message)
         outputs = []
         for line in self.waiting.lines:
             is_plain = not line.composition or [use.scale for use in line.composition] == [1.0]
-            if not is_plain and any(d in self.cache and self.cache.peek(d).has_vectors for d in line.digests):
+            if not is_plain and any(d in self.cache and not self.cache.peek(d).is_additive for d in line.digests):
                 outputs += [self._fail(seq, failure) for seq in list(line.waiting)]
         return outputs
 

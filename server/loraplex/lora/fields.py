@@ -29,6 +29,11 @@ UNDERSTOOD = frozenset(
         "init_lora_weights",
         "auto_mapping",
         "base_model_name_or_path",
+        "bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "target_parameters",
+        "ensure_weight_tying",
     }
 )
 
@@ -64,10 +69,6 @@ _NO_CODE = Refusal("it names code to import, and an adapter's code is never run"
 
 REFUSED: Mapping[str, Refusal] = MappingProxyType(
     {
-        "bias": Refusal("trained biases of the base are not served yet", f"{_RETRAIN} (bias='none')"),
-        "modules_to_save": Refusal("whole trained modules beside the LoRA are not served yet", _MERGE_BASE),
-        "trainable_token_indices": Refusal("replaced rows of the embedding are not served yet", _MERGE_BASE),
-        "target_parameters": Refusal("LoRA on bare parameters (MoE experts) is not served yet", _MERGE_BASE),
         "use_qalora": Refusal("QALoRA pools the inputs of A, which is not served", _RETRAIN),
         "alora_invocation_tokens": Refusal(
             "aLoRA acts only after its invocation tokens, a plain LoRA on all tokens", _RETRAIN
@@ -79,7 +80,6 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType(
         "use_bdlora": Refusal("BD-LoRA's block-diagonal matrices are not served", _RETRAIN),
         "layer_replication": Refusal("it rebuilds the base from repeated layers", _MERGE_BASE),
         "megatron_config": Refusal("Megatron's parallel layers are not served", "Convert it to plain PEFT"),
-        "ensure_weight_tying": Refusal("tied adapters are not served yet", _RETRAIN),
         "enable_lora": Refusal("early PEFT's merged linear layers are not served", "Save it with PEFT 0.4 or newer"),
         "auto_map": _NO_CODE,
         "base_model_class": _NO_CODE,
@@ -96,7 +96,7 @@ CHANGED_BASE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 def refusal_of(field: str, value: Any) -> Refusal | None:
     """The refusal of `field`, if it is refused with this `value`. Unknown fields are, when they have one."""
-    if field in UNDERSTOOD or field in IGNORED or is_off(value) or (field, value) == ("bias", "none"):
+    if field in UNDERSTOOD or field in IGNORED or is_off(value):
         return None
     if field in REFUSED:
         return REFUSED[field]

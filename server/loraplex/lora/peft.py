@@ -6,10 +6,11 @@ Nothing in the file is ever imported or run. The meaning of every field is PEFT'
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from loraplex.errors import AdapterInvalid
 from loraplex.lora.digest import MAX_CONFIG_BYTES
@@ -21,18 +22,21 @@ ALL_LINEAR = "all-linear"
 # A rank beyond every matrix this could be for; the server's own limit (--max-lora-rank) is checked by the
 # reader.
 MAX_RANK = 1 << 16
+# Entries of modules_to_save and target_parameters, which are compared with every module of the base.
+MAX_NAMES = 256
+_PATH = re.compile(r"[A-Za-z0-9_.]+")
 # What Unsloth and PEFT write into auto_mapping; the classes named there are not imported.
 _AUTO_MAPPING_KEYS = frozenset({"base_model_class", "parent_library", "unsloth_fixed"})
 
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """A LoRA for a causal language model: plain, with DoRA's magnitudes, or with biases of B.
+    """A LoRA for a causal language model, with whatever PEFT trains beside it.
 
     `target_modules` is a tuple of names, a regular expression, or "all-linear"; `exclude_modules` a tuple or
-    an expression; `layers_to_transform` None for all. `base_model` is the writer's word for its base, a hint
-    only. `ignored` holds (field, reason) of every field of the file that has a value and no effect on
-    inference.
+    an expression; `layers_to_transform` None for all. `token_indices` are the rows of trainable_token_indices by
+    the module's name, "" for the input embedding. `base_model` is the writer's word for its base, a hint only.
+    `ignored` holds (field, reason) of every field of the file that has a value and no effect on inference.
     """
 
     r: int
@@ -47,6 +51,11 @@ class PeftConfig:
     fan_in_fan_out: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    target_parameters: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
     base_model: str | None = None
     ignored: tuple[tuple[str, str], ...] = ()
 
@@ -137,6 +146,11 @@ class _Reader:
             fan_in_fan_out=self._flag("fan_in_fan_out"),
             use_dora=self._flag("use_dora"),
             lora_bias=self._flag("lora_bias"),
+            bias=self._bias(),
+            modules_to_save=self._plain_names("modules_to_save"),
+            token_indices=self._token_indices(),
+            target_parameters=self._plain_names("target_parameters"),
+            ensure_weight_tying=self._flag("ensure_weight_tying"),
             base_model=self._hint("base_model_name_or_path"),
             ignored=self._ignored(),
         )
@@ -263,12 +277,37 @@ class _Reader:
 
     def _target_modules(self) -> tuple[str, ...] | str:
         names = self._names("target_modules")
-        if not names:
+        if not names and is_off(self._document.get("target_parameters")):
             raise _invalid(
                 "adapter_config.json names no target_modules, so the adapter would act on nothing. "
                 "Send the file that PEFT's save_pretrained wrote, which lists them."
             )
         return ALL_LINEAR if isinstance(names, str) and names.lower() == ALL_LINEAR else names
+
+    def _bias(self) -> Literal["none", "all", "lora_only"]:
+        value = self._document.get("bias")
+        if value not in (None, "none", "all", "lora_only"):
+            raise self._wrong("bias", value, "'none', 'all' or 'lora_only'")
+        return value or "none"
+
+    def _plain_names(self, field: str) -> tuple[str, ...]:
+        """Names of modules or parameters; PEFT compares them as they are."""
+        names = self._names(field)
+        if isinstance(names, str) or len(names) > MAX_NAMES or not all(_PATH.fullmatch(name) for name in names):
+            raise self._wrong(field, self._document[field], f"a list of at most {MAX_NAMES} names")
+        return names
+
+    def _token_indices(self) -> Mapping[str, tuple[int, ...]]:
+        value = self._document.get("trainable_token_indices")
+        if is_off(value):
+            return MappingProxyType({})
+        tables = value if isinstance(value, dict) else {"": value}
+        for indices in tables.values():
+            if not (isinstance(indices, list) and indices and all(type(i) is int and i >= 0 for i in indices)):
+                raise self._wrong("trainable_token_indices", value, "a list of token ids, or one for each module")
+            if len(set(indices)) != len(indices):
+                raise self._wrong("trainable_token_indices", value, "a list that names no token twice")
+        return MappingProxyType({name: tuple(indices) for name, indices in tables.items()})
 
     def _layers(self) -> tuple[int, ...] | None:
         value = self._document.get("layers_to_transform")

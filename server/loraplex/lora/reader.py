@@ -9,13 +9,15 @@ Reading, hashing and converting let other threads run.
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 
 from loraplex.errors import AdapterInvalid, AdapterLoadFailed, LoraplexError
+from loraplex.lora.assemble import Assembly, TensorOf
 from loraplex.lora.digest import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -26,16 +28,13 @@ from loraplex.lora.digest import (
     validate_digest,
 )
 from loraplex.lora.facts import AdapterFacts
-from loraplex.lora.headers import MAX_HEADER_BYTES, SafetensorsHeader, TensorInfo, parse_header, read_header
+from loraplex.lora.headers import MAX_HEADER_BYTES, SafetensorsHeader, parse_header, read_header
+from loraplex.lora.norms import StoredNorms
 from loraplex.lora.peft import PeftConfig
 from loraplex.lora.plan import AdapterPlan, plan
+from loraplex.lora.tensors import FileTensors
 from loraplex.lora.text import shown
-from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
-
-WeightOf = Callable[[str], torch.Tensor]
-"""Name of a LoRA module -> the base's weight [out_features, in_features]; name.bias -> its bias [out_features]."""
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from loraplex.lora.weights import LoRAWeights, ModuleShape, pack
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,9 +70,9 @@ class Checked:
 class AdapterReader:
     """Reads the adapters below `root` (one folder a digest) for a base with these `targets`.
 
-    `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank, `weight_of` gives the base's
-    weight [out, in] of a module, which DoRA's norms are of (not needed to `check`). Holds no state between calls, so
-    any number of threads may share it.
+    `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank. `tensor_of` gives the base's
+    tensors, which adapters that are more than deltas are read against, `fingerprint` names the base; without it nothing
+    is stored. Holds no state between calls, so any number of threads may share it.
     """
 
     def __init__(
@@ -82,10 +81,12 @@ class AdapterReader:
         targets: Mapping[str, ModuleShape],
         dtype: torch.dtype,
         max_rank: int,
-        weight_of: WeightOf | None = None,
+        tensor_of: TensorOf | None = None,
+        fingerprint: str | None = None,
     ):
         self._root = root
-        self._weight_of = weight_of
+        self._tensor_of = tensor_of or _no_base
+        self._norms = None if fingerprint is None else StoredNorms(fingerprint, dtype)
         self._targets = targets
         self._dtype = dtype
         self._max_rank = max_rank
@@ -100,8 +101,14 @@ class AdapterReader:
                 raise AdapterInvalid("its files no longer have the recorded SHA-256: the disk or someone changed them")
             header = parse_header(bytes(data[: 8 + MAX_HEADER_BYTES]), len(data))
             adapter_plan = self.plan(PeftConfig.from_bytes(bytes(config_bytes)), header)
-            pairs = [self._finished(pair) for pair in _pairs(adapter_plan, header, data)]
-            return pack(digest, pairs, self._dtype)
+            assembly = Assembly(adapter_plan, FileTensors(header, data), self._tensor_of)
+            if not assembly.gained:
+                norms = {}
+            elif self._norms is None:
+                norms = assembly.norms()
+            else:
+                norms = self._norms.get(folder, assembly.gained, assembly.norms)
+            return pack(digest, assembly.pairs(norms), self._dtype, assembly.replaced())
         except (OSError, LoraplexError, MemoryError) as cause:
             why = cause.message if isinstance(cause, LoraplexError) else f"{type(cause).__name__}: {cause}"
             raise AdapterLoadFailed(
@@ -118,9 +125,11 @@ class AdapterReader:
         header = read_header(folder / WEIGHTS_NAME)
         adapter_plan = self.plan(config, header)
         data = _read_file(folder / WEIGHTS_NAME)
-        self._check_copies(adapter_plan, header, data)
+        tensors = FileTensors(header, data)
+        self._check_copies(adapter_plan, tensors)
+        assembly = Assembly(adapter_plan, tensors, self._tensor_of)
         digest = _digest_of(folder, config_bytes, data)
-        weights = pack(digest, _pairs(adapter_plan, header, data), self._dtype)
+        weights = pack(digest, assembly.pairs(norms=None), self._dtype, assembly.replaced())
         check_values(weights, adapter_plan)
         dtypes = {info.dtype for info in header.tensors.values()}
         return Checked(config, adapter_plan, weights, "+".join(sorted(dtypes)), len(config_bytes) + len(data))
@@ -136,64 +145,74 @@ class AdapterReader:
             )
         return result
 
-    def _check_copies(self, adapter_plan: AdapterPlan, header: SafetensorsHeader, data: memoryview) -> None:
-        """Copies of the base's weights must be the base's, up to the rounding of the coarser of the two types."""
-        for name, key in adapter_plan.copies.items():
-            copy = _tensor(header.tensors[key], header.data_start, data)
-            weight = None if self._weight_of is None else self._weight_of(name).cpu()
-            if weight is None or not (
-                torch.equal(copy.to(weight.dtype), weight) or torch.equal(copy, weight.to(copy.dtype))
-            ):
+    def _check_copies(self, adapter_plan: AdapterPlan, tensors: FileTensors) -> None:
+        """Copies of the base's tensors must be the base's, up to the rounding of the coarser of the two types."""
+        for path, key in adapter_plan.copies.items():
+            copy = tensors[key]
+            try:
+                own = self._tensor_of(path).cpu()
+            except KeyError:
                 raise AdapterInvalid(
-                    f"The tensor {shown(key, 160)} is a copy of the base's weight and differs from this base's: the "
+                    f"The tensor {shown(key, 160)} is for {shown(path, 160)}, which this base does not have. Check "
+                    "that the adapter was trained on this base.",
+                    param="weights",
+                ) from None
+            if not (torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))):
+                raise AdapterInvalid(
+                    f"The tensor {shown(key, 160)} is a copy of the base's and differs from this base's: the "
                     "adapter was trained on another base, or changed this one. Serve it on the base it was trained on.",
                     param="weights",
                 )
 
-    def _finished(self, pair: LoRAPair) -> LoRAPair:
-        """`pair` with DoRA's magnitudes turned into gains: gain = m / ‖W + scaling · B·A‖ over each output's row, and
-        B multiplied by it (Liu et al. 2024, eq. 5, as PEFT's DoraLinearLayer computes it; in float32)."""
-        if pair.gain is None:
-            return pair
-        if self._weight_of is None:
-            raise AdapterInvalid("DoRA needs the base's weights, and this reader has none")
-        a, b = pair.a.float(), pair.b.float()
-        weight = self._weight_of(pair.shape.name)
-        norm = torch.linalg.vector_norm(weight.float().cpu() + pair.scaling * (b @ a), dim=1)
-        gain = pair.gain.float() / norm
-        if not bool(torch.isfinite(gain).all()):
-            raise AdapterInvalid(f"DoRA's gain of {pair.shape.name} is not finite: a row of the changed weight is zero")
-        return replace(pair, a=a, b=gain.unsqueeze(1) * b, gain=gain)
+
+def _no_base(path: str) -> torch.Tensor:
+    raise AdapterInvalid(f"The adapter is read against the base's {path}, and this reader has no base.")
 
 
 def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan) -> None:
     """Raise AdapterInvalid for a NaN or infinity (naming its tensor), and for an adapter without effect."""
-    effect = False
+    has_effect = bool(adapter_plan.replaced)
     for module in adapter_plan.modules.values():
-        a, bt = weights.a(module.shape), weights.bt(module.shape)
-        gain, shift = weights.vectors(module.shape)
-        for key, matrix in (
-            (module.key_a, a),
-            (module.key_b, bt),
-            (module.key_magnitude, gain),
-            (module.key_bias, shift),
-        ):
-            if key is None or matrix is None:
-                continue
-            if not bool(torch.isfinite(matrix).all()):
-                raise AdapterInvalid(
-                    f"The tensor {shown(key, 160)} holds NaN or infinity in "
-                    f"{str(matrix.dtype).removeprefix('torch.')}, the type this server computes in. Check "
-                    "the training run; its last steps may have diverged.",
-                    param="weights",
-                )
-        effect = effect or (module.scaling != 0 and bool(a.any()) and bool(bt.any()))
-    if not effect:
+        if module.shape.kind == "leaf":
+            has_effect = True
+        elif not has_effect:
+            a, bt = weights.a(module.shape), weights.bt(module.shape)
+            has_effect = module.trained_bias is not None or (module.scaling != 0 and bool(a.any()) and bool(bt.any()))
+    for key, tensor in _tensors_of(weights, adapter_plan):
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterInvalid(
+                f"The tensor {shown(key, 160)} holds NaN or infinity in "
+                f"{str(tensor.dtype).removeprefix('torch.')}, the type this server computes in. Check "
+                "the training run; its last steps may have diverged.",
+                param="weights",
+            )
+    if not has_effect:
         raise AdapterInvalid(
             "The adapter is without effect: in every module lora_A or lora_B is zero, as before the first "
             "training step. Save it after training.",
             param="weights",
         )
+
+
+def _tensors_of(weights: LoRAWeights, adapter_plan: AdapterPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything in the slab, with a key of the file that it came from."""
+    for module in adapter_plan.modules.values():
+        shape, name = module.shape, module.name_in_file
+        if shape.kind == "leaf":
+            continue
+        if module.rank:
+            yield module.key_of("A") or name, weights.a(shape)
+            yield module.key_of("B") or name, weights.bt(shape)
+        extra = weights.extra(shape)
+        if extra is not None and extra.gain is not None:
+            yield module.keys["magnitude"], extra.gain
+        if extra is not None and extra.shift is not None:
+            yield module.keys.get("bias") or module.trained_bias or name, extra.shift
+    keys = {(one.shape.name, one.parameter): one.key for one in adapter_plan.replaced}
+    for name, parameters in weights.replaced.items():
+        for parameter, one in parameters.items():
+            fallback = f"{name}.{parameter}"  # a LoRA that was folded into it
+            yield keys.get((name, parameter), fallback), weights.slab[one.offset : one.offset + prod(one.shape)]
 
 
 def _digest_of(folder: Path, config: memoryview, weights: memoryview) -> str:
@@ -214,34 +233,3 @@ def _read_file(path: Path, limit: int | None = None) -> memoryview:
                 raise OSError(f"{path} ends after {done} of {len(data)} bytes")
             done += count
     return data
-
-
-def _pairs(adapter_plan: AdapterPlan, header: SafetensorsHeader, data: memoryview) -> list[LoRAPair]:
-    """The file's tensors by module. DoRA's magnitudes stand where the gains will be."""
-
-    def tensor(key: str | None) -> torch.Tensor | None:
-        return None if key is None else _tensor(header.tensors[key], header.data_start, data)
-
-    pairs = []
-    for module in adapter_plan.modules.values():
-        bias = tensor(module.key_bias)
-        pairs.append(
-            LoRAPair(
-                module.shape,
-                _tensor(header.tensors[module.key_a], header.data_start, data),
-                _tensor(header.tensors[module.key_b], header.data_start, data),
-                module.scaling * module.shape.output_scale,
-                gain=tensor(module.key_magnitude),
-                shift=None if bias is None else module.scaling * bias.float(),
-            )
-        )
-    return pairs
-
-
-def _tensor(info: TensorInfo, data_start: int, data: memoryview) -> torch.Tensor:
-    begin = data_start + info.offset
-    dtype = _DTYPES[info.dtype]
-    if begin % dtype.itemsize:
-        # a file may mix types, so that a float32 matrix starts between two multiples of 4
-        return torch.frombuffer(bytearray(data[begin : begin + info.nbytes]), dtype=dtype).view(info.shape)
-    return torch.frombuffer(data, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=begin).view(info.shape)

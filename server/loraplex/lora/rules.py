@@ -1,7 +1,8 @@
 """ModuleRules: the modules of a base that a config selects, their ranks and scalings, exactly as PEFT.
 
-selected = not excluded, and named (list: the whole name or its tail after a "."; string: a regular
-           expression for the whole name), and for tails also in one of layers_to_transform
+selected = not excluded, not in a saved module, and named (list: the whole name or its tail after a "."; string: a
+           regular expression for the whole name), and for tails also in one of layers_to_transform
+saved    = it, or a module that holds it, has a name that ends with an entry of modules_to_save
 scaling  = alpha / r, or alpha / sqrt(r) with rsLoRA
 """
 
@@ -31,6 +32,8 @@ class ModuleRules:
         self._excluded = _Selection(config.exclude_modules, "exclude_modules", self._clock)
         self._ranks = PatternTable(config.rank_pattern, "rank_pattern", self._clock)
         self._alphas = PatternTable(config.alpha_pattern, "alpha_pattern", self._clock)
+        self._saved = config.modules_to_save
+        self._parameters = frozenset(config.target_parameters)
         self._layers = frozenset(config.layers_to_transform or ())
         if len(config.layers_pattern) > MAX_EXPRESSIONS:
             raise AdapterInvalid(
@@ -45,7 +48,7 @@ class ModuleRules:
 
     def selects(self, name: str) -> bool:
         """Whether the config puts a LoRA on the module `name`."""
-        if self._excluded.matches(name):
+        if self._excluded.matches(name) or any(f".{saved}." in f".{name}." for saved in self._saved):
             return False
         if self._config.target_modules == "all-linear":
             return name.rpartition(".")[2] not in _OUTPUT_EMBEDDINGS
@@ -54,8 +57,19 @@ class ModuleRules:
         # PEFT lets a whole name in a list win over layers_to_transform
         return not self._layers or self._targets.names_whole(name) or self._layer_of(name) in self._layers
 
+    def selects_parameter(self, path: str) -> bool:
+        """Whether target_parameters names the parameter `path`; layers and exclusions have no say there."""
+        return bool(self._parameters) and any(tail in self._parameters for tail in _tails(path))
+
+    def saves(self, name: str) -> bool:
+        """Whether the config saves the module `name` whole."""
+        if not self._saved:
+            return False
+        parts = name.split(".")
+        return any(".".join(parts[:end]).endswith(self._saved) for end in range(1, len(parts) + 1))
+
     def rank_of(self, name: str) -> int:
-        """The rank of the LoRA on `name`."""
+        """The rank of the LoRA on the module (or the parameter) `name`."""
         return self._ranks.get(name, self._config.r)
 
     def scaling_of(self, name: str) -> float:

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from loraplex.errors import StartupError
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import GeometryProbe, LayerGeometry, register_attention
-from loraplex.model.lora_layers import base_of, lora_targets, weight_and_bias
 from loraplex.model.support import check_config
+from loraplex.model.targets import base_of, find_targets
 
 
 @dataclass(slots=True)
@@ -22,7 +22,7 @@ class BaseModel:
     """The frozen base, its linears not wrapped yet.
 
     model        in eval mode, on `device`, attention set to transformers' own
-    targets      the modules that can carry a LoRA, by name
+    targets      the modules that an adapter can change, by name
     fingerprint  of architecture, shapes, vocabulary and a sample of the weights: says whether adapters belong here
     eos_token_ids  of config and generation config (the tokenizer's are added above)
     """
@@ -36,13 +36,16 @@ class BaseModel:
     dtype: torch.dtype
     device: torch.device
 
-    def weight_of(self, name: str) -> Tensor:
-        """The weight of a LoRA module, wrapped or not: [out_features, in_features], of an embedding as it is. Its bias
-        under `name`.bias."""
-        if name.endswith(".bias"):
-            return base_of(self.model.get_submodule(name.removesuffix(".bias"))).bias.detach()  # type: ignore
-        module = base_of(self.model.get_submodule(name))
-        return (module.weight if isinstance(module, nn.Embedding) else weight_and_bias(module)[0]).detach()
+    def tensor_of(self, name: str) -> Tensor:
+        """The base's parameter or buffer of this path, its modules wrapped or not. Raises KeyError."""
+        path, _, attribute = name.rpartition(".")
+        try:
+            tensor = getattr(base_of(self.model.get_submodule(path)), attribute)
+        except AttributeError:
+            raise KeyError(name) from None
+        if not isinstance(tensor, Tensor):
+            raise KeyError(name)
+        return tensor.detach()
 
     @property
     def vocab_size(self) -> int:
@@ -106,8 +109,9 @@ def wrap_model(
     check_config(config)
     model = model.eval().requires_grad_(False).to(device)
     if getattr(model, "_can_set_experts_implementation", lambda: False)():
-        # the grouped product of experts gives a row other bits in another batch; the batched one does not
-        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+        # for the model's own forward pass, which the proof at load compares with: the others copy weights or round
+        # otherwise; what is served is `LoRAExperts`
+        model.set_experts_implementation("eager")  # type: ignore[operator]
     eos = {
         token
         for source in (config, generation)
@@ -117,7 +121,7 @@ def wrap_model(
     return BaseModel(
         model=model,
         config=config,
-        targets=lora_targets(model),
+        targets=find_targets(model),
         fingerprint=_fingerprint(model, config),
         eos_token_ids=frozenset(eos),
         max_position=getattr(config, "max_position_embeddings", None),

@@ -1,24 +1,22 @@
-"""LoRA layers: the base's linear modules, embedding and head with the running step's deltas added.
+"""LoRA layers: the base's linear modules, embedding and head with the running step's adapters.
 
-y = x·Wᵀ + b, then y[segment] += scale · (x[segment]·Aᵀ)·Bᵀ. The base's parameters are never written.
+y = x·Wᵀ + b, then y[segment] += scale · (x[segment]·Aᵀ)·Bᵀ, with an adapter's extras (see `lora.weights`) before and
+after. The base's parameters are never written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loraplex.lora.weights import ModuleShape
+from loraplex.lora.weights import Extra
 from loraplex.model.linear import Product, make_product
-from loraplex.model.step_context import StepContext, StepLoRA
-from loraplex.ops import ModulePool, Ops
+from loraplex.model.step_context import Span, StepContext, StepLoRA
+from loraplex.ops import LoRASegments, ModulePool, Ops
 
-# Exactly these: a subclass (a router, say) may answer something else than x·Wᵀ + b.
-_LINEARS = (nn.Linear, Conv1D)
-
-Vectors = tuple[Tensor | None, Tensor | None]
-"""Gain and shift of one module in one place, [out_features] each; see `lora.weights`."""
+Extras = Sequence[Extra | None]
+"""What the adapter in each place has on one module beside its delta."""
 
 
 class BaseLinear(nn.Module):
@@ -47,12 +45,10 @@ class BaseLinear(nn.Module):
 class LoRALinear(BaseLinear):
     """A Linear or Conv1D that adds the adapters of the step. x [..., in_features] -> [..., out_features]."""
 
-    def __init__(
-        self, base: nn.Module, pool: ModulePool, vectors: Sequence[Vectors | None], context: StepContext, ops: Ops
-    ):
+    def __init__(self, base: nn.Module, pool: ModulePool, extras: Extras, context: StepContext, ops: Ops):
         super().__init__(base)
         self._pool = pool
-        self._vectors = vectors
+        self._extras = extras
         self._context = context
         self._ops = ops
 
@@ -65,25 +61,32 @@ class LoRALinear(BaseLinear):
         y = self.product(rows)
         step = self._step
         if step is not None:
-            for start, end, place in step.vector_segments:
-                self._gain(y[start:end], place)
+            for span, extra in extras_in(step, self._extras):
+                self._replace(y[span.start : span.end], rows[span.start : span.end], extra)
+                self._gain(y[span.start : span.end], extra)
             self._ops.add_lora(y, rows, self._pool, step.segments)
-            for start, end, place in step.vector_segments:
-                self._shift(y[start:end], place)
+            for span, extra in extras_in(step, self._extras):
+                if extra.shift is not None:
+                    y[span.start : span.end].add_(extra.shift)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _gain(self, y: Tensor, place: int) -> None:
-        """DoRA: y = b + gain · (y - b), in place, in float32. Acts on the base's product, before the delta."""
-        vectors = self._vectors[place]
-        if vectors is None or vectors[0] is None:
+    def _replace(self, y: Tensor, x: Tensor, extra: Extra) -> None:
+        """y = x·Wᵀ + b with the adapter's own W, or only its own rows of it, in place."""
+        weight = extra.replaced.get("weight")
+        if weight is None:
             return
-        bias = 0 if self.bias is None else self.bias.float()
-        y.copy_(bias + vectors[0].float() * (y.float() - bias))
+        product = multiply(self._ops, x, weight)
+        bias = None if self.bias is None else self.bias.float()
+        if extra.rows is None:
+            y.copy_(product if bias is None else product + bias)
+        else:
+            y[:, extra.rows] = (product if bias is None else product + bias[extra.rows]).to(y.dtype)
 
-    def _shift(self, y: Tensor, place: int) -> None:
-        vectors = self._vectors[place]
-        if vectors is not None and vectors[1] is not None:
-            y.add_(vectors[1])
+    def _gain(self, y: Tensor, extra: Extra) -> None:
+        """DoRA: y = b + gain · (y - b), in place, in float32. Acts on the base's product, before the delta."""
+        if extra.gain is not None:
+            bias = 0 if self.bias is None else self.bias.float()
+            y.copy_(bias + extra.gain.float() * (y.float() - bias))
 
 
 class LoRAHead(LoRALinear):
@@ -95,12 +98,17 @@ class LoRAHead(LoRALinear):
 
 
 class LoRAEmbedding(nn.Module):
-    """The input embedding: the shrink is a lookup, s[t] = A[token t], and the expand is everybody's."""
+    """The input embedding: the shrink is a lookup, s[t] = A[token t], and the expand is everybody's. `scale`: what the
+    base's module multiplies its rows by."""
 
-    def __init__(self, base: nn.Embedding, pool: ModulePool, context: StepContext, ops: Ops):
+    def __init__(
+        self, base: nn.Embedding, scale: float, pool: ModulePool, extras: Extras, context: StepContext, ops: Ops
+    ):
         super().__init__()
         self.base = base
+        self._scale = scale
         self._pool = pool
+        self._extras = extras
         self._context = context
         self._ops = ops
 
@@ -112,10 +120,34 @@ class LoRAEmbedding(nn.Module):
         """token_ids int64 [1, T] -> [1, T, out_features]."""
         y = self.base(token_ids)
         step = self._context.body
-        if step is not None and any(self._pool.rank[span.place] for span in step.spans):
-            shrunk = self._look_up(token_ids.reshape(-1), step)
-            self._ops.expand(y.view(-1, self._pool.out_features), shrunk, self._pool, step.segments)
+        if step is not None:
+            rows, tokens = y.view(-1, self._pool.out_features), token_ids.reshape(-1)
+            for span, extra in extras_in(step, self._extras):
+                self._replace(rows[span.start : span.end], tokens[span.start : span.end], extra)
+                if extra.gain is not None:
+                    part = rows[span.start : span.end]
+                    part.copy_(extra.gain.float() * part.float())
+            if any(self._pool.rank[span.place] for span in step.spans):
+                self._ops.expand(rows, self._look_up(tokens, step), self._pool, step.segments)
         return y
+
+    def _replace(self, y: Tensor, token_ids: Tensor, extra: Extra) -> None:
+        """The rows of tokens that the adapter has its own of, in place."""
+        weight = extra.replaced.get("weight")
+        if weight is None:
+            return
+        if extra.rows is None:
+            found = weight[token_ids]
+        else:
+            at = torch.searchsorted(extra.rows, token_ids).clamp_(max=len(extra.rows) - 1)
+            found = weight[at]
+        if self._scale != 1.0:  # rounded as the base's own module rounds it
+            found = found * torch.tensor(self._scale, device=found.device).to(found.dtype)
+        if extra.rows is None:
+            y.copy_(found)
+        else:
+            is_own = extra.rows[at] == token_ids
+            y.copy_(torch.where(is_own.unsqueeze(1), found, y))
 
     def _look_up(self, token_ids: Tensor, step: StepLoRA) -> Tensor:
         """float32 [num_rows, max_rank]: each segment's rows of its adapter's A."""
@@ -131,9 +163,32 @@ class LoRAEmbedding(nn.Module):
         return shrunk
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """The base's own module, wrapped or not."""
-    return module.base if isinstance(module, BaseLinear | LoRAEmbedding) else module
+def extras_in(step: StepLoRA, extras: Extras) -> Iterator[tuple[Span, Extra]]:
+    """The spans of the step whose adapter has something beside its delta on a module, and what."""
+    for span in step.extra_spans:
+        extra = extras[span.place]
+        if extra is not None:
+            yield span, extra
+
+
+def multiply(ops: Ops, x: Tensor, weight: Tensor) -> Tensor:
+    """x [n, in] · weightᵀ [in, out] -> float32 [n, out] for a weight [out, in] that is an adapter's own.
+
+    It is a shrink whose rank is the number of outputs: the same bits for a row whatever rows stand beside it.
+    """
+    out_features, in_features = weight.shape
+    device = weight.device
+
+    def one(value: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor([value], dtype=dtype, device=device)
+
+    long = torch.int64
+    slab = weight.reshape(-1)
+    address = one(weight.data_ptr(), long)
+    scaling = one(1, torch.float32)
+    pool = ModulePool(in_features, 0, [slab], address, one(out_features), one(0, long), one(0, long), scaling)
+    segments = LoRASegments(one(0), one(len(x)), one(0), scaling, one(0), len(x), out_features)
+    return ops.shrink(x, pool, segments)
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -142,39 +197,3 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
         return module.weight.T, module.bias
     assert isinstance(module, nn.Linear)
     return module.weight, module.bias
-
-
-def lora_targets(model: nn.Module) -> dict[str, ModuleShape]:
-    """Every module of the base that can carry a LoRA: Linear, Conv1D, the input embedding and the output head."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    targets = {}
-    for name, module in model.named_modules():
-        if type(module) in _LINEARS:
-            out_features, in_features = weight_and_bias(module)[0].shape
-            targets[name] = ModuleShape(name, in_features, out_features, "head" if module is head else "linear")
-        elif module is embedding and isinstance(module, nn.Embedding):
-            scale = float(getattr(module, "embed_scale", 1.0))
-            targets[name] = ModuleShape(name, module.num_embeddings, module.embedding_dim, "embedding", scale)
-    return targets
-
-
-def wrap_modules(
-    model: nn.Module,
-    targets: Mapping[str, ModuleShape],
-    pools: Mapping[str, ModulePool],
-    vectors: Mapping[str, Sequence[Vectors | None]],
-    context: StepContext,
-    ops: Ops,
-) -> None:
-    """Replace every target by its LoRA layer, in place; all linears are targets (`lora_targets`)."""
-    for name, shape in targets.items():
-        module = model.get_submodule(name)
-        if shape.kind == "embedding":
-            assert isinstance(module, nn.Embedding)
-            layer: nn.Module = LoRAEmbedding(module, pools[name], context, ops)
-        else:
-            layer_class = LoRAHead if shape.kind == "head" else LoRALinear
-            layer = layer_class(module, pools[name], vectors[name], context, ops)
-        parent_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), attribute, layer)

@@ -13,22 +13,24 @@ from loraplex.ops import LoRASegments
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One segment on the host: rows start:end are of the adapter in `place`; `offset` as in LoRASegments."""
+    """One segment on the host: rows start:end are of the adapter in `place`; `offset` and `scale` as in
+    LoRASegments."""
 
     start: int
     end: int
     place: int
     offset: int
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)
 class StepLoRA:
-    """The segments of a step, for the kernels and on the host. `vector_segments`: (start, end, place) of those whose
-    adapter has gains or shifts beside its deltas."""
+    """The segments of a step, for the kernels and on the host. `extra_spans`: those whose adapter has something beside
+    its deltas somewhere."""
 
     segments: LoRASegments
     spans: tuple[Span, ...]
-    vector_segments: tuple[tuple[int, int, int], ...] = ()
+    extra_spans: tuple[Span, ...] = ()
 
 
 class StepContext:
