@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -55,7 +56,10 @@ async def _run(settings: Settings, num_prompts: int) -> dict:
 
 
 def _print(result: dict) -> None:
-    table = Table("adapter", "kind", "rank", "modules", "exact match", "base alone", "an answer")
+    table = Table("adapter", "kind", "rank", "modules", box=SIMPLE_HEAD)
+    for heading in ("exact match", "base alone"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    answers = Table.grid(padding=(0, 2))
     for row in result["adapters"]:
         table.add_row(
             row["name"],
@@ -64,10 +68,10 @@ def _print(result: dict) -> None:
             short_names(row["target_modules"]),
             f"{row['exact_match']:.1%}",
             f"{row['base_exact_match']:.1%}",
-            Text(f"{row['example']['prompt']}\n→ {row['example']['answer']}"),
         )
+        answers.add_row(f" {row['name']}", Text(f"{row['example']['prompt']}\n→ {row['example']['answer']}"))
     console = Console()
-    console.print(table)
+    console.print(table, answers, "")
     bars = result["bars"]
     console.print(
         f"{result['adapters'][0]['prompts']} prompts a task that were never trained on. The bars, at least "
