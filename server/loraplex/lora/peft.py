@@ -301,7 +301,7 @@ class _Reader:
         value = self._document.get("trainable_token_indices")
         if is_off(value):
             return MappingProxyType({})
-        tables = value if isinstance(value, dict) else {"": value}
+        tables: dict[str, Any] = value if isinstance(value, dict) else {"": value}
         for indices in tables.values():
             if not (isinstance(indices, list) and indices and all(type(i) is int and i >= 0 for i in indices)):
                 raise self._wrong("trainable_token_indices", value, "a list of token ids, or one for each module")

@@ -136,18 +136,16 @@ class LoRAEmbedding(nn.Module):
         weight = extra.replaced.get("weight")
         if weight is None:
             return
-        if extra.rows is None:
-            found = weight[token_ids]
-        else:
+        at = token_ids
+        if extra.rows is not None:
             at = torch.searchsorted(extra.rows, token_ids).clamp_(max=len(extra.rows) - 1)
-            found = weight[at]
+        found = weight[at]
         if self._scale != 1.0:  # rounded as the base's own module rounds it
             found = found * torch.tensor(self._scale, device=found.device).to(found.dtype)
-        if extra.rows is None:
-            y.copy_(found)
-        else:
+        if extra.rows is not None:
             is_own = extra.rows[at] == token_ids
-            y.copy_(torch.where(is_own.unsqueeze(1), found, y))
+            found = torch.where(is_own.unsqueeze(1), found, y)
+        y.copy_(found)
 
     def _look_up(self, token_ids: Tensor, step: StepLoRA) -> Tensor:
         """float32 [num_rows, max_rank]: each segment's rows of its adapter's A."""
