@@ -55,6 +55,7 @@ def test_modules_and_names(tmp_path):
         ({"lora_modules": ["nopath"]}, "--lora-modules"),
         ({"lora_modules": ["a b=/x"]}, "--lora-modules"),
         ({"served_model_name": "a@b"}, "--served-model-name"),
+        ({"generation_config": "vllm"}, "--generation-config"),
         ({"api_key": "short"}, "--api-key"),
         ({"surprise": 1}, "--surprise"),
         ({"model": None}, "--model"),

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer as RustTokenizer
@@ -200,3 +201,38 @@ def test_failures_by_code(code, kind):
     error = as_error(Failure(code, "why"))
     assert type(error) is kind
     assert error.message == "why"
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """As Llama 2 has it: <0x..> for the bytes of characters that the vocabulary lacks."""
+    vocab = {"<unk>": 0, **{f"<0x{byte:02X}>": byte + 1 for byte in range(256)}, "▁the": 257, "n": 258}
+    backend = RustTokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+
+
+async def test_byte_fallback_tokens_come_whole_and_their_logprobs_are_bytes():
+    tokenizer = byte_fallback_tokenizer()
+    ids = [257, 258, *(byte + 1 for byte in "é😀".encode()), 1000, 258]  # 1000: the logits are wider than the tokenizer
+    outputs = [
+        SequenceOutput(
+            "0", token, logprobs=TokenLogprobs(token, -0.5), finish_reason=None if i < 9 else FinishReason.LENGTH
+        )
+        for i, token in enumerate(ids)
+    ]
+    generation, *_ = generation_of(outputs)
+    generation = replace(generation, tokenizer=tokenizer, engine=Script(outputs), _choices={})
+    deltas = await deltas_of(generation)
+    assert [delta.text for delta in deltas] == [" the", "n", "", "é", "", "", "", "😀", "", "n"]
+    tokens = [token.token_id for delta in deltas for token in delta.tokens]
+    assert tokens == ids
+    assert b"".join(map(tokenizer.token_bytes, tokens)) == " thené😀n".encode()
+
+
+async def test_an_adapters_end_token_ends_as_eos_does():
+    ended = SequenceOutput("0", 65, finish_reason=FinishReason.STOP, stop_reason=65)
+    for ends, reason in ((frozenset({65}), None), (frozenset(), 65)):
+        generation, *_ = generation_of([*say("ab", None), ended])
+        generation = replace(generation, end_token_ids=ends, engine=Script([*say("ab", None), ended]), _choices={})
+        last = (await deltas_of(generation))[-1]
+        assert (last.text, last.finish_reason, last.stop_reason) == ("", FinishReason.STOP, reason)

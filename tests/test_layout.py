@@ -127,3 +127,13 @@ def test_nothing_prints_but_the_command_line():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
         ]
         assert not calls, f"{path} prints"
+
+
+def test_the_confined_programs_start_light():
+    """They start while a request waits; and what they do not import cannot be turned against the server."""
+    run_python(
+        "import sys\n"
+        "import loraplex.text.template_worker, loraplex.text.tokenizer_reader\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'fastapi', 'sqlalchemy', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )

@@ -155,6 +155,22 @@ def test_the_same_inside(served: Served, inside):
     assert inside("rm", "here", **env).stdout == "deleted here@2\n"
 
 
+def test_push_says_what_it_sent_along(served: Served, tmp_path, inside):
+    env = {"LORAPLEX_URL": served.url}
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "adapters" / "upper" / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('never') }}")
+    (tmp_path / "serving_profile.json").write_text('{"temperature": 0}')
+    (tmp_path / "README.md").write_text("left alone")
+    first, sent, note = inside("push", tmp_path, "--name", "chatty", **env).stdout.splitlines()
+    assert first.startswith("chatty@1  rank ")
+    assert sent == "  sent with it: chat_template.jinja, serving_profile.json"
+    assert note.startswith("  note: the chat template refused a sample conversation")
+    (tmp_path / "serving_profile.json").write_text('{"temperature": "cold"}')
+    assert_refused(inside("push", tmp_path, "--name", "chatty", **env), "serving_profile.json", "temperature")
+    assert inside("rm", "chatty", **env).returncode == 0
+
+
 def test_what_the_server_refuses(served: Served, tmp_path, inside):
     env = {"LORAPLEX_URL": served.url}
     upper = ROOT / "adapters" / "upper"

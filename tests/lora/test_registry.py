@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,25 @@ def test_reads_are_cheap(registry: Registry):
     for number in range(200):
         registry.get(f"adapter-{number:04}")
     assert time.monotonic() - started < 1.0
+
+
+def test_the_text_side_is_remembered(registry: Registry):
+    facts = replace(FACTS, text_files={"chat_template.jinja": "0" * 64}, profile={"stop": ["é"], "temperature": 0})
+    registry.publish("sql", A, facts, base_fingerprint="base", source="upload")
+    assert registry.get("sql").facts == facts
+    publish(registry, "other", B)
+    assert (registry.get("other").facts.text_files, registry.get("other").facts.profile) == ({}, None)
+
+
+def test_a_registry_of_two_files_is_carried_over(registry: Registry, path: Path):
+    """As the first release left it: the columns of the text side are not there yet."""
+    version, _ = publish(registry, "sql", A)
+    registry.close()
+    with Registry(sqlite_url(path)) as older:
+        with older._writer.begin() as connection:
+            for column in ("profile", "text_files"):
+                connection.execute(text(f"ALTER TABLE versions DROP COLUMN {column}"))
+            connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    with Registry(sqlite_url(path)) as opened:
+        assert opened.get("sql") == version
+        assert publish(opened, "sql", A) == (version, False)

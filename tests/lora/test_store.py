@@ -1,6 +1,7 @@
 """The store: nothing or a whole durable blob, whatever fails in between; holds keep blobs from the sweep."""
 
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -21,8 +22,8 @@ from loraplex.errors import (
     StartupError,
     StorageFull,
 )
-from loraplex.lora.digest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME
-from loraplex.lora.files import CONFIG, WEIGHTS
+from loraplex.lora.digest import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, adapter_digest
+from loraplex.lora.files import CHAT_TEMPLATE, CONFIG, PROFILE, TEXT_FILES, WEIGHTS
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 
@@ -414,3 +415,56 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("fcntl.flock", unsupported)
     with AdapterStore(tmp_path) as store:
         put(store)
+
+
+def test_the_digest_of_two_files_is_what_it_was(store: AdapterStore):
+    two = hashlib.sha256(hashlib.sha256(b"config").digest() + hashlib.sha256(b"weights").digest()).hexdigest()
+    assert put(store) == two
+    assert adapter_digest(hashlib.sha256(b"config").digest(), hashlib.sha256(b"weights").digest(), {}) == two
+
+
+def test_every_further_file_counts_by_name_and_content(store: AdapterStore):
+    digests = {put(store)}
+    for file in TEXT_FILES:
+        for content in (b"one", b"two", b""):
+            with store.stage() as staging:
+                fill(staging)
+                with staging.open(file) as stream:
+                    stream.write(content)
+                digests.add(store.commit(staging))
+                assert staging.text_files == {file.name: hashlib.sha256(content).hexdigest()}
+                assert (staging.folder / file.name).read_bytes() == content
+    assert len(digests) == 1 + 3 * len(TEXT_FILES)
+    assert store.digests() == digests
+
+
+def test_what_nobody_needs_is_left_out(store: AdapterStore):
+    with store.stage() as staging:
+        fill(staging)
+        for file in (PROFILE, CHAT_TEMPLATE):
+            with staging.open(file) as stream:
+                stream.write(b"{}")
+        with_both = staging.digest
+        staging.leave_out([PROFILE.name, "tokenizer.json"])
+        assert staging.digest != with_both
+        store.commit(staging)
+        assert sorted(path.name for path in staging.folder.iterdir()) == [CONFIG.name, WEIGHTS.name, CHAT_TEMPLATE.name]
+
+
+def test_a_folder_brings_the_files_of_the_list_alone(store: AdapterStore, tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (CONFIG.name, WEIGHTS.name, PROFILE.name, "tokenizer.json", "README.md", "optimizer.pt"):
+        (folder / name).write_bytes(name.encode())
+    with store.import_folder(folder, ["tokenizer.json"]) as staging:
+        digest = store.commit(staging)
+        assert {path.name for path in staging.folder.iterdir()} == {CONFIG.name, WEIGHTS.name, PROFILE.name}
+    with store.import_folder(folder, ["tokenizer.json"]) as staging:
+        assert (staging.digest, staging.folder) == (digest, store.path(digest))
+        assert staging.text_files.keys() == {PROFILE.name}
+    (folder / PROFILE.name).write_bytes(b"changed")
+    with store.import_folder(folder, ["tokenizer.json"]) as staging:
+        assert store.commit(staging) != digest
+    (folder / PROFILE.name).write_bytes(bytes((PROFILE.max_bytes or 0) + 1))
+    with pytest.raises(AdapterTooLarge, match="it need not be there"), store.import_folder(folder) as staging:
+        pass

@@ -6,6 +6,7 @@ Used from one event loop; files are read and tokenizers made in worker threads, 
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cachetools import LRUCache
 from loraplex.errors import AdapterInvalid, AdapterLoadFailed, InvalidRequest
 from loraplex.lora.files import CHAT_TEMPLATE, TOKENIZER_FILES
 from loraplex.lora.version import Version
-from loraplex.model.tokenizer import Tokenizer
+from loraplex.model.tokenizer import NewToken, Tokenizer
 from loraplex.text.adapter_text import NO_PROFILE, AdapterText, Brought, read_brought
 from loraplex.text.template_sandbox import TemplateFailed, TemplateSandbox
 from loraplex.text.tokenizer_identity import TokenizerIdentity
@@ -43,6 +44,7 @@ class AdapterTexts:
         self._brought: LRUCache[str, Brought] = LRUCache(MAX_CACHED_CHARS, _size)
         self._tokenizers: LRUCache[str, Tokenizer] = LRUCache(MAX_OWN_TOKENIZERS)
         self._checked: LRUCache[str, tuple[str, ...]] = LRUCache(1024)  # template -> notes
+        self._fitting: LRUCache[tuple[NewToken, ...], bool] = LRUCache(1024)
         self._loading = asyncio.Lock()
 
     async def close(self) -> None:
@@ -52,15 +54,15 @@ class AdapterTexts:
 
     async def inspect(self, folder: Path) -> Brought:
         """Check the text files of an upload or an operator's folder. Raises AdapterInvalid."""
-        brought, special = await asyncio.to_thread(self._inspect, folder)
+        brought = await asyncio.to_thread(read_brought, folder, self._base, self._identity, self._num_rows)
+        if brought.change.tokens and brought.change.tokens not in self._fitting:
+            await asyncio.to_thread(brought.change.apply, self._base)  # raises if its tokens do not fit
+            self._fitting[brought.change.tokens] = True
         if brought.template is None:
             return brought
-        notes = await self._check_template(brought.template, special)
-        return Brought(brought.template, brought.change, brought.profile, brought.unneeded, (*brought.notes, *notes))
-
-    def _inspect(self, folder: Path) -> tuple[Brought, Mapping[str, str]]:
-        brought = read_brought(folder, self._base, self._identity, self._num_rows)
-        return brought, brought.change.apply(self._base).special_tokens  # made once, so that its tokens do fit
+        special = brought.change.special_tokens
+        notes = await self._check_template(brought.template, self._base.special_tokens if special is None else special)
+        return replace(brought, notes=(*brought.notes, *notes))
 
     async def _check_template(self, source: str, special_tokens: Mapping[str, str]) -> tuple[str, ...]:
         """Render a sample once. Raises AdapterInvalid; a template that raises its own exception is fine."""

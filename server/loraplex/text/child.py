@@ -19,6 +19,10 @@ importlib.import_module(sys.argv[2]).main()
 """
 
 
+class ChildNotStarted(Exception):
+    """There is no child: the system refuses, or its program failed (its traceback is on the server's stderr)."""
+
+
 class ChildTimeout(Exception):
     """The child took longer than it may; it is dead now."""
 
@@ -35,7 +39,7 @@ class ChildDied(Exception):
 class Child:
     """Runs `module`.main(), which reads `start` from its standard input, a socket, and answers when it is ready.
 
-    It inherits no environment (but the time zone), no file, no terminal. Closed by `close`.
+    It inherits no environment (but the time zone) and no file but stderr. Closed by `close`. Raises ChildNotStarted.
     """
 
     def __init__(self, module: str, start: dict[str, Any]):
@@ -46,14 +50,13 @@ class Child:
                 [sys.executable, "-I", "-c", _PROGRAM, paths, module],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
                 env=child_environment(),
                 cwd="/",
                 start_new_session=True,
             )
-        except OSError:
+        except OSError as error:
             ours.close()
-            raise
+            raise ChildNotStarted(str(error)) from error
         finally:
             theirs.close()
         self._connection = ours
@@ -68,16 +71,16 @@ class Child:
         return self._process.poll() is None
 
     def prepare(self) -> None:
-        """Wait until it is ready. Raises ChildDied."""
+        """Wait until it is ready. Raises ChildNotStarted."""
         if self._start is not None:
             start, self._start = self._start, None
             try:
                 self._exchange(start, START_SECONDS, 1 << 10)
-            except ChildTimeout as error:
-                raise ChildDied("it did not start in time") from error
+            except (ChildTimeout, ChildDied) as error:
+                raise ChildNotStarted(str(error)) from error
 
     def exchange(self, job: dict[str, Any], seconds: float, max_bytes: int) -> Any:
-        """The answer to `job`. Raises ChildTimeout after `seconds`, and ChildDied."""
+        """The answer to `job`. Raises ChildTimeout after `seconds`, ChildDied and ChildNotStarted."""
         self.prepare()
         return self._exchange(job, seconds, max_bytes)
 

@@ -53,7 +53,9 @@ class SamplingDefaults:
                 "--generation-config none."
             )
         known = {*_SAMPLING, *_OTHERWISE, "max_new_tokens"}
-        return cls(sampling, max_tokens), tuple(sorted(name for name in said if name not in known and said[name]))
+        idle = dict.fromkeys(said, False) | {"do_sample": True}  # what asks for nothing that is not done anyway
+        unused = [name for name, value in said.items() if name not in known and value is not idle[name]]
+        return cls(sampling, max_tokens), tuple(sorted(unused))
 
 
 def problem_of(sampling: Mapping[str, Any], max_tokens: Any) -> str | None:

@@ -19,8 +19,8 @@ from typing import Any
 
 from cachetools import TTLCache
 
-from loraplex.errors import Overloaded
-from loraplex.text.child import Child, ChildDied, ChildTimeout
+from loraplex.errors import NotReady, Overloaded
+from loraplex.text.child import Child, ChildDied, ChildNotStarted, ChildTimeout
 
 WORKER = "loraplex.text.template_worker"
 NUM_WORKERS = 2
@@ -77,7 +77,8 @@ class TemplateSandbox:
         is_check: bool = False,
     ) -> str:
         """The text that `source` makes of `messages`, as transformers' apply_chat_template has it. Raises
-        TemplateFailed, and Overloaded when too many wait for this template. `is_check`: refuse what names other
+        TemplateFailed, Overloaded when too many wait for this template, NotReady when no process can be started.
+        `is_check`: refuse what names other
         templates, too."""
         key = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
         job = {
@@ -192,12 +193,18 @@ class _Worker:
         raise TemplateFailed("limit" if kind in ("memory", "long") else kind, str(answer["message"]))
 
     def _try(self, job: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer; None when the process died."""
+        """The answer; None when the process died. Raises NotReady."""
         limits = self._limits
         try:
             return self._running().exchange(job, limits.wall_seconds, 6 * limits.max_chars + (1 << 16))
         except ChildTimeout as error:
             raise TemplateFailed("limit", f"it took longer than {limits.wall_seconds:g} s") from error
+        except ChildNotStarted as error:
+            self.close()
+            raise NotReady(
+                f"Chat templates of adapters cannot be rendered: their process does not start ({error}). The server's "
+                "log says more."
+            ) from error
         except ChildDied as error:
             if error.is_out_of_time:
                 raise TemplateFailed("limit", f"it took more than {limits.cpu_seconds} s of processor time") from error

@@ -10,12 +10,12 @@ from typing import Any
 from cachetools import LRUCache
 from tokenizers import Tokenizer as RustTokenizer
 
-from loraplex.errors import AdapterInvalid
+from loraplex.errors import AdapterInvalid, NotReady
 from loraplex.lora.digest import file_sha256
 from loraplex.lora.files import TOKENIZER
 from loraplex.lora.text import shown
 from loraplex.model.tokenizer import NewToken, Tokenizer
-from loraplex.text.child import Child, ChildDied, ChildTimeout
+from loraplex.text.child import Child, ChildDied, ChildNotStarted, ChildTimeout
 
 READER = "loraplex.text.tokenizer_reader"
 _SECONDS = 60.0
@@ -104,7 +104,7 @@ class TokenizerIdentity:
 
 
 def read_tokenizer_json(path: Path) -> TokenizerJson:
-    """Read it in a confined process. Raises AdapterInvalid."""
+    """Read it in a confined process. Raises AdapterInvalid, NotReady."""
     child = None
     try:
         limits = {"memory_bytes": _MEMORY_BYTES, "cpu_seconds": int(_SECONDS), "max_bytes": TOKENIZER.max_bytes}
@@ -113,6 +113,8 @@ def read_tokenizer_json(path: Path) -> TokenizerJson:
         if "error" in answer:
             raise _invalid(answer["error"])
         return TokenizerJson(answer["parts"], tuple(new_token(token) for token in answer["added_tokens"]))
+    except ChildNotStarted as error:
+        raise NotReady(f"{TOKENIZER.name} cannot be read: the process for it does not start ({error}).") from error
     except (ChildDied, ChildTimeout) as error:
         raise _invalid(str(error)) from error
     finally:
