@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
+from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, ReplacedParameter, pack
 
 VOCAB = 128
 
@@ -39,13 +39,18 @@ CONFIGS = {
     },
 }
 
+# Those that only some suites take.
+MORE_CONFIGS = {
+    "qwen3_moe": {**SHAPE, "head_dim": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
 
 def make_model(
     model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
 ) -> PreTrainedModel:
     """A random model whose next-token margins are real: weights are scaled up so that logits spread widely."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **overrides})
+    config = AutoConfig.for_model(model_type, **{**(CONFIGS | MORE_CONFIGS)[model_type], **overrides})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return sharpen(model).to(dtype)
 
@@ -60,6 +65,8 @@ def sharpen(model: PreTrainedModel) -> PreTrainedModel:
                 parameter.normal_(0, scale)
                 if parameter.shape[0] == VOCAB:  # rows of unequal length: the best two logits seldom come close
                     parameter.mul_(torch.randn(VOCAB, 1).mul(0.7).exp())
+            elif parameter.ndim == 3:  # stacked experts
+                parameter.normal_(0, 2.0 / parameter.shape[-1] ** 0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0, 0.1)
     return model.eval().requires_grad_(False)
@@ -81,20 +88,41 @@ def make_adapter(
     dtype: torch.dtype = torch.float32,
     digest: str | None = None,
     has_vectors: bool = False,
+    own: Iterable[str] = (),
 ) -> LoRAWeights:
-    """A random adapter on the targets of these `kinds` whose last name part is in `only` (None: all)."""
+    """A random adapter on the targets of these `kinds` whose last name part is in `only` (None: all). `own`: kinds of
+    modules that it brings its own weight for; of an embedding, of some tokens."""
     generator = torch.Generator().manual_seed(seed)
     named = [s for n, s in targets.items() if only is None or n.rpartition(".")[2] in set(only)]
     chosen = [shape for shape in named if shape.kind in kinds]
     pairs = [
         LoRAPair(
             shape,
-            torch.randn(rank, shape.in_features, generator=generator) / shape.in_features**0.5,
-            torch.randn(shape.out_features, rank, generator=generator) * 0.3,
+            torch.randn(*stack(shape), rank, shape.in_features, generator=generator) / shape.in_features**0.5,
+            torch.randn(*stack(shape), shape.out_features, rank, generator=generator) * 0.3,
             scaling * shape.output_scale,
             gain=1 + 0.3 * torch.randn(shape.out_features, generator=generator) if has_vectors else None,
             shift=0.1 * torch.randn(shape.out_features, generator=generator) if has_vectors else None,
         )
         for shape in chosen
     ]
-    return pack(digest or f"{seed:064x}", pairs, dtype)
+    replaced = [own_parameter(shape, generator) for shape in targets.values() if shape.kind in own]
+    return pack(digest or f"{seed:064x}", pairs, dtype, replaced)
+
+
+def stack(shape: ModuleShape) -> tuple[int, ...]:
+    """The first size of a module's matrices: of experts their number, of others none."""
+    return (shape.num_experts,) if shape.kind == "experts" else ()
+
+
+def own_parameter(shape: ModuleShape, generator: torch.Generator) -> ReplacedParameter:
+    if shape.kind == "leaf":
+        sizes = shape.parameters["weight"]
+        scale = 1.0 if len(sizes) == 1 else 2.0 / sizes[-1] ** 0.5
+        return ReplacedParameter(shape, "weight", scale * torch.randn(sizes, generator=generator))
+    if shape.kind == "embedding":
+        rows = torch.arange(5, shape.in_features, 3)
+        tensor = 0.5 * torch.randn(len(rows), shape.out_features, generator=generator)
+        return ReplacedParameter(shape, "weight", tensor, rows)
+    sizes = (shape.out_features, shape.in_features)
+    return ReplacedParameter(shape, "weight", torch.randn(sizes, generator=generator))

@@ -36,15 +36,17 @@ class Templates:
         rng = random.Random(seed)
         self.world = world
         only = None if world.model_type != "gpt2" else ("c_attn", "c_fc", "c_proj")
-        digests = world.add_adapters([rng.choice((1, 2, 4, 5, 8)) for _ in range(NUM_ADAPTERS)], only)
+        kinds = ("linear", "experts")
+        digests = world.add_adapters([rng.choice((1, 2, 4, 5, 8)) for _ in range(NUM_ADAPTERS)], only, kinds=kinds)
         digests += world.add_adapters([3], ("q_proj", "v_proj", "c_attn"), first_seed=99)
         both_ends = world.add_adapters([2], None, first_seed=98, kinds=("embedding", "head"))
         with_gains = world.add_adapters([4], ("q_proj", "v_proj", "c_attn"), first_seed=97, has_vectors=True)
+        alone_only = with_gains + world.add_adapters([2], only, first_seed=96, own=("leaf", "head", "embedding"))
         prefixes = [random_ids(rng.choice((16, 24, 33)), seed=100 + i) for i in range(3)]
         self.requests: list[EngineRequest] = []
         for i in range(NUM_TEMPLATES):
             kind = i % 6
-            composition = world.use(None) if kind == 0 else world.use(rng.choice(digests + both_ends + with_gains))
+            composition = world.use(None) if kind == 0 else world.use(rng.choice(digests + both_ends + alone_only))
             if kind == 5:  # two adapters with scales: overlapping segments
                 first, second = rng.sample(digests, 2)
                 composition = (*world.use(first, 0.5), *world.use(second, 1.5))
@@ -68,7 +70,9 @@ class Templates:
 
     @property
     def ram_bytes(self) -> int:
-        return RAM_ADAPTERS * max(weights.nbytes for weights in self.world.adapters.values())
+        """The largest adapter beside ordinary ones (one that brings its own parameters is far larger)."""
+        nbytes = sorted(weights.nbytes for weights in self.world.adapters.values())
+        return nbytes[-1] + (RAM_ADAPTERS - 1) * nbytes[len(nbytes) // 2]
 
     def run_schedule(self, seed: int) -> dict[str, int]:
         """One random schedule; raises IsolationBroken. Returns what happened in it."""
@@ -131,7 +135,7 @@ class Templates:
         return bool((row - alone).abs().max() <= 1e-4 * (alone.max() - alone.min()))
 
 
-@pytest.fixture(scope="module", params=list(tiny.CONFIGS))
+@pytest.fixture(scope="module", params=[*tiny.CONFIGS, *tiny.MORE_CONFIGS])
 def templates(request) -> Templates:
     return Templates(make_world(request.param))
 
