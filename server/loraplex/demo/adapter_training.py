@@ -85,6 +85,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """
     model.to(torch.bfloat16)
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    # PEFT's template; the card comes with the scores
+    (folder / "README.md").unlink()
     # safetensors makes it readable by its owner only
     (folder / "adapter_model.safetensors").chmod(0o644)
     file = folder / "adapter_config.json"
