@@ -171,6 +171,17 @@ def test_push_says_what_it_sent_along(served: Served, tmp_path, inside):
     assert inside("rm", "chatty", **env).returncode == 0
 
 
+def test_an_answer_does_not_wait_for_the_network(served: Served):
+    """On a connection that is kept open, header and body leave at once (TCP_NODELAY)."""
+    seconds = []
+    with httpx2.Client(base_url=served.url) as client:
+        for _ in range(11):
+            began = time.monotonic()
+            assert client.get("/version").status_code == 200
+            seconds.append(time.monotonic() - began)
+    assert sorted(seconds)[5] < 0.03
+
+
 def test_what_the_server_refuses(served: Served, tmp_path, inside):
     env = {"LORAPLEX_URL": served.url}
     upper = ROOT / "adapters" / "upper"
