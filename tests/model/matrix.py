@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from adapter_shapes import SHAPES, TOKENS, NoSuchShape, write_with_peft
@@ -26,9 +27,10 @@ TOLERANCE = 1e-4
 BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 
 
-def build(name: str) -> PreTrainedModel:
-    """A tiny random model of the row `name`."""
+def build(name: str, **overrides: Any) -> PreTrainedModel:
+    """A tiny random model of the row `name`; `overrides` are fields of its config."""
     model_type, config, _ = SERVED[name]
+    config = config | overrides
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some configs warn about defaults that a tiny model does not meet

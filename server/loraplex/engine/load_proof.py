@@ -18,6 +18,7 @@ from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence
 from loraplex.errors import UnsupportedModel
 from loraplex.model.experts import LoRAExperts
+from loraplex.model.leaves import ReplaceableLeaf
 from loraplex.model.linear import Product, is_row_invariant
 from loraplex.model.lora_layers import BaseLinear
 
@@ -86,6 +87,11 @@ def _products_are_invariant(runner: ModelRunner) -> bool:
             products[module.in_features, module.out_features] = (module.product, module.in_features)
         elif isinstance(module, LoRAExperts):
             products |= {("experts", *found): (product, found[0]) for product, found in module.products()}
+    for name, shape in runner.targets.items():
+        if shape.kind == "leaf" and shape.in_features:
+            layer = runner.base.model.get_submodule(name)
+            if isinstance(layer, ReplaceableLeaf) and not isinstance(layer.base, nn.Embedding):
+                products["router", shape.in_features, shape.out_features] = (layer.product, shape.in_features)
     return all(
         is_row_invariant(product, in_features, runner.base.dtype, runner.base.device)
         for product, in_features in products.values()

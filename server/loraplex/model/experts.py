@@ -5,7 +5,7 @@ each expert is one product over its rows, and each (expert, segment) one segment
 places are counted by expert: place · E + e.
 
 The arithmetic is that of transformers' own experts (`integrations/moe.py`, `batched_mm_experts_forward`), without its
-copy of a weight for every row.
+copy of a weight for every row, and the same for a row in every batch (see `dense`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loraplex.model.linear import Product, padded_linear
+from loraplex.model.dense import StackedProduct
+from loraplex.model.linear import Product
 from loraplex.model.step_context import Span, StepContext, StepLoRA
 from loraplex.ops import LoRASegments, ModulePool, Ops
 
@@ -31,10 +32,12 @@ def expert_parameters(module: nn.Module) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """The pairs in sorted order: `order[s]` is the pair, `token[s]` its token; `experts` (e, start, end)."""
+    """The pairs in sorted order: `order[s]` is the pair, `token[s]` its token, `expert[s]` its expert; `experts`
+    (e, start, end) are the runs of one."""
 
     order: Tensor
     token: Tensor
+    expert: Tensor
     experts: tuple[tuple[int, int, int], ...]
     lora: LoRASegments | None
 
@@ -46,6 +49,9 @@ class LoRAExperts(nn.Module):
         super().__init__()
         self.base = base
         self._names = expert_parameters(base)
+        self._products = {
+            name: StackedProduct(ops, getattr(base, name), bool(base.is_transposed)) for name in self._names
+        }
         self._pools = pools
         self._context = context
         self._ops = ops
@@ -67,25 +73,17 @@ class LoRAExperts(nn.Module):
 
     def products(self) -> Iterator[tuple[Product, tuple[int, int]]]:
         """The first expert's products [M, in] -> [M, out] and (in, out), for probes."""
-        for name in self._names:
-            weight = self._weight(name, 0)
-            yield (lambda x, weight=weight: padded_linear(x, weight)), (weight.shape[1], weight.shape[0])
-
-    def _weight(self, name: str, expert: int) -> Tensor:
-        """[out, in]"""
-        weight = getattr(self.base, name)[expert]
-        return weight.T if self.base.is_transposed else weight
+        for product in self._products.values():
+            sizes = (product.in_features, product.out_features)
+            yield (lambda x, product=product: product(x, [(0, 0, len(x))])), sizes
 
     def _project(self, name: str, x: Tensor, rows: _Rows) -> Tensor:
         """x [S, in] -> [S, out], each row by its expert, with its adapter's delta."""
-        pool = self._pools[name]
-        bias = getattr(self.base, f"{name}_bias") if self.base.has_bias else None
-        y = x.new_empty(len(x), pool.out_features)
-        for expert, start, end in rows.experts:
-            part = padded_linear(x[start:end], self._weight(name, expert))
-            y[start:end] = part if bias is None else part + bias[expert]
+        y = self._products[name](x, rows.experts)
+        if self.base.has_bias:
+            y += getattr(self.base, f"{name}_bias")[rows.expert]
         if rows.lora is not None:
-            self._ops.add_lora(y, x, pool, rows.lora)
+            self._ops.add_lora(y, x, self._pools[name], rows.lora)
         return y
 
     def _sort(self, top_k_index: Tensor) -> _Rows:
@@ -104,8 +102,10 @@ class LoRAExperts(nn.Module):
             bounds = _bounds(expert * len(spans_of) + segment)
             runs = [(int(expert[s]), spans_of[segment[s]], s, e) for s, e in zip(bounds, bounds[1:], strict=False)]
             lora = self._segments(runs, top_k_index.device)
-        device = top_k_index.device
-        return _Rows(torch.from_numpy(order).to(device), torch.from_numpy(token[order]).to(device), experts, lora)
+        pairs, tokens, of_pair = (
+            torch.from_numpy(part).to(top_k_index.device) for part in (order, token[order], expert)
+        )
+        return _Rows(pairs, tokens, of_pair, experts, lora)
 
     def _is_adapted(self, step: StepLoRA) -> bool:
         experts = self.base.num_experts

@@ -4,6 +4,7 @@ Which modules those are is measured: the model runs over a few tokens, and a lea
 argument and whose results have one row for every token.
 """
 
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loraplex.model.linear import ROW_MULTIPLE
+from loraplex.model.dense import RowInvariantLinear
 from loraplex.model.lora_layers import Extras, extras_in
 from loraplex.model.step_context import StepContext
+from loraplex.ops import Ops
 
 _NUM_TOKENS = (5, 7)
 _NUM_LOGITS = 3
@@ -22,15 +24,18 @@ _NUM_LOGITS = 3
 class ReplaceableLeaf(nn.Module):
     """A leaf that runs again, with the adapter's parameters, on the rows of adapters that have their own.
 
-    Its tokens lie along axes[0] of its argument and axes[1] of each of its results.
+    Its tokens lie along axes[0] of its argument and axes[1] of each of its results. A row's results are the same in
+    every batch: norms work so anyway, a router's product is made to.
     """
 
-    def __init__(self, base: nn.Module, axes: tuple[int, int], extras: Extras, context: StepContext):
+    def __init__(self, base: nn.Module, axes: tuple[int, int], extras: Extras, context: StepContext, ops: Ops):
         super().__init__()
         self.base = base
         self._in_axis, self._out_axis = axes
         self._extras = extras
         self._context = context
+        multiplies = any(parameter.ndim == 2 for parameter in base.parameters()) and not isinstance(base, nn.Embedding)
+        self._products = RowInvariantLinear(ops) if multiplies else nullcontext()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -39,16 +44,22 @@ class ReplaceableLeaf(nn.Module):
             return getattr(super().__getattr__("base"), name)
 
     def forward(self, x: Tensor) -> Any:
-        y = self.base(x)
-        step = self._context.body
-        if step is not None:
-            for span, extra in extras_in(step, self._extras):
-                count = span.end - span.start
-                rows = _padded(x.narrow(self._in_axis, span.start, count), self._in_axis)
-                own = functional_call(self.base, dict(extra.replaced), (rows,))
-                for whole, part in zip(_tensors(y), _tensors(own), strict=True):
-                    whole.narrow(self._out_axis, span.start, count).copy_(part.narrow(self._out_axis, 0, count))
+        with self._products:
+            y = self.base(x)
+            step = self._context.body
+            if step is not None:
+                for span, extra in extras_in(step, self._extras):
+                    count = span.end - span.start
+                    rows = x.narrow(self._in_axis, span.start, count)
+                    own = functional_call(self.base, dict(extra.replaced), (rows,))
+                    for whole, part in zip(_tensors(y), _tensors(own), strict=True):
+                        whole.narrow(self._out_axis, span.start, count).copy_(part)
         return y
+
+    def product(self, rows: Tensor) -> Tensor:
+        """What a router makes of rows [M, in], for probes: its first results [M, ...]."""
+        x = rows.view(*[1] * self._in_axis, *rows.shape)
+        return _tensors(self(x))[0].movedim(self._out_axis, 0)
 
 
 @torch.inference_mode()
@@ -104,13 +115,3 @@ def _axes(model: nn.Module, candidates: dict[str, nn.Module], num_tokens: int) -
 def _tensors(output: Any) -> list[Tensor]:
     parts = output if isinstance(output, tuple | list) else [output]
     return [part for part in parts if isinstance(part, Tensor)]
-
-
-def _padded(x: Tensor, axis: int) -> Tensor:
-    """`x` with rows of zeros up to a multiple of ROW_MULTIPLE: a router's product has other bits for few rows."""
-    missing = -x.shape[axis] % ROW_MULTIPLE
-    if not missing:
-        return x
-    shape = list(x.shape)
-    shape[axis] = missing
-    return torch.cat([x, x.new_zeros(shape)], dim=axis)

@@ -38,16 +38,6 @@ def is_packed(weight: Tensor) -> bool:
     )
 
 
-def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [M, in] · weightᵀ [in, out] with torch's own product, the rows padded to ROW_MULTIPLE: float32 products of
-    one row, and of two or three, have kernels of their own."""
-    num_rows = x.shape[0]
-    padding = -num_rows % ROW_MULTIPLE
-    if padding:
-        x = nn.functional.pad(x, (0, 0, 0, padding))
-    return nn.functional.linear(x, weight)[:num_rows]
-
-
 @torch.inference_mode()
 def is_row_invariant(product: Product, in_features: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the product of a row has the same bits in batches of many sizes. A probe with random numbers: kernels

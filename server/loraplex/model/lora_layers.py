@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.weights import Extra
+from loraplex.model.dense import multiply
 from loraplex.model.linear import Product, make_product
 from loraplex.model.step_context import Span, StepContext, StepLoRA
-from loraplex.ops import LoRASegments, ModulePool, Ops
+from loraplex.ops import ModulePool, Ops
 
 Extras = Sequence[Extra | None]
 """What the adapter in each place has on one module beside its delta."""
@@ -167,26 +168,6 @@ def extras_in(step: StepLoRA, extras: Extras) -> Iterator[tuple[Span, Extra]]:
         extra = extras[span.place]
         if extra is not None:
             yield span, extra
-
-
-def multiply(ops: Ops, x: Tensor, weight: Tensor) -> Tensor:
-    """x [n, in] · weightᵀ [in, out] -> float32 [n, out] for a weight [out, in] that is an adapter's own.
-
-    It is a shrink whose rank is the number of outputs: the same bits for a row whatever rows stand beside it.
-    """
-    out_features, in_features = weight.shape
-    device = weight.device
-
-    def one(value: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.tensor([value], dtype=dtype, device=device)
-
-    long = torch.int64
-    slab = weight.reshape(-1)
-    address = one(weight.data_ptr(), long)
-    scaling = one(1, torch.float32)
-    pool = ModulePool(in_features, 0, [slab], address, one(out_features), one(0, long), one(0, long), scaling)
-    segments = LoRASegments(one(0), one(len(x)), one(0), scaling, one(0), len(x), out_features)
-    return ops.shrink(x, pool, segments)
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -95,7 +95,7 @@ def wrap_modules(
                 own = {parameter: pools[f"{path}.{parameter}"] for parameter in expert_parameters(module)}
                 layer = LoRAExperts(module, own, context, ops)
             case "leaf":
-                layer = ReplaceableLeaf(module, shape.token_axes, extras[name], context)
+                layer = ReplaceableLeaf(module, shape.token_axes, extras[name], context, ops)
             case "head":
                 layer = LoRAHead(module, pools[name], extras[name], context, ops)
             case "linear":

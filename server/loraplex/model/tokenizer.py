@@ -5,6 +5,7 @@ not be used from several threads.
 """
 
 import copy
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -87,11 +89,16 @@ class Tokenizer:
         ValueError when a token cannot have its id."""
         other = copy.copy(self)
         other.special_tokens = dict(special_tokens)
-        if tokens:
+        if any(self._backend.id_to_token(token.id) is not None for token in tokens):
             document = json.loads(self._backend.to_str())
             added = {token["id"]: token for token in document["added_tokens"]} | {one.id: asdict(one) for one in tokens}
             document["added_tokens"] = [added[token_id] for token_id in sorted(added)]
             other._backend = RustTokenizer.from_str(json.dumps(document))
+        elif tokens:  # the usual case, without a vocabulary in Python's hands
+            other._backend = RustTokenizer.from_str(self._backend.to_str())
+            for is_special, group in itertools.groupby(tokens, key=lambda token: token.special):
+                add = other._backend.add_special_tokens if is_special else other._backend.add_tokens
+                add([_added_token(token) for token in group])
         for token in tokens:
             got = other._backend.token_to_id(token.content)
             if got != token.id:
@@ -190,6 +197,17 @@ class Tokenizer:
 
     def detokenizer(self, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> Detokenizer:
         return Detokenizer(self._backend, prompt_ids, skip_special_tokens=skip_special_tokens)
+
+
+def _added_token(token: NewToken) -> AddedToken:
+    return AddedToken(
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
 
 
 def _is_byte_level(backend: RustTokenizer) -> bool:
