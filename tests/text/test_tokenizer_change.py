@@ -156,6 +156,23 @@ def test_added_tokens(base, identity, read, tmp_path):
     assert (again.tokens, again.special_tokens) == (change.tokens, change.special_tokens)
 
 
+def test_other_flags_of_a_token_that_is_there(base, read, tmp_path):
+    """And a new one beside it: both are as the adapter has them."""
+    make_fast().save_pretrained(tmp_path)
+
+    def mark(document):
+        document["added_tokens"][3] |= {"rstrip": True, "special": False}
+        document["added_tokens"].append({"id": NEXT, "content": "<new>", "lstrip": True, "special": True})
+
+    edit(tmp_path / "tokenizer.json", mark)
+    tokenizer = read().apply(base)
+    assert tokenizer.encode("a<|im_end|>  b <new>", add_special_tokens=False)[1:] == [
+        3, tokenizer.encode("b", add_special_tokens=False)[0], NEXT,
+    ]  # fmt: skip
+    assert tokenizer.decode([3], skip_special_tokens=True) == "<|im_end|>"
+    assert base.decode([3], skip_special_tokens=True) == ""
+
+
 def test_added_tokens_need_rows_that_exist_and_were_trained(base, read, tmp_path):
     own = make_fast()
     own.add_tokens([f"<n{i}>" for i in range(6)])

@@ -9,6 +9,7 @@ refused at once for a while.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import time
@@ -145,7 +146,12 @@ class TemplateSandbox:
             for ticket in self._waiting:
                 if ticket.key == key and not ticket.turn.done():
                     ticket.turn.set_exception(self._pause_of(key))
-        self._release(key, worker)
+        if worker.is_running or self._is_closed:
+            self._release(key, worker)
+            return
+        # A new process takes a while: until it is there, others go to the other worker.
+        starting = asyncio.get_running_loop().run_in_executor(self._threads, worker.start)
+        starting.add_done_callback(lambda done: self._release(key, worker))
 
     def _release(self, key: str, worker: "_Worker") -> None:
         self._rendering.discard(key)
@@ -209,6 +215,15 @@ class _Worker:
             if error.is_out_of_time:
                 raise TemplateFailed("limit", f"it took more than {limits.cpu_seconds} s of processor time") from error
             return None
+
+    @property
+    def is_running(self) -> bool:
+        return self._child is not None and self._child.is_alive
+
+    def start(self) -> None:
+        """Have the process ready; if it cannot be started, the next rendering says so."""
+        with contextlib.suppress(ChildDied, ChildNotStarted):
+            self._running()
 
     def _running(self) -> Child:
         if self._child is None or not self._child.is_alive:
