@@ -170,5 +170,6 @@ def _random_adapter(targets: dict[str, ModuleShape], rank: int, seed: int, dtype
             2.0,
         )
         for shape in targets.values()
+        if shape.kind == "linear"
     ]
     return pack(f"{seed:064x}", pairs, dtype)
