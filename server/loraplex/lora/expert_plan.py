@@ -48,10 +48,9 @@ def plan_experts(
     return found
 
 
-def selects_expert(rules: ModuleRules, shape: ModuleShape, tail: str) -> bool:
-    """Whether target_modules selects an expert's linear `tail` ("3.gate_proj"), by today's path or an older one."""
-    paths = (path.rpartition(".")[0] for path in (shape.name, *shape.aliases))
-    return any(rules.selects(f"{path}.{tail}") for path in paths)
+def expert_names(shape: ModuleShape, tail: str) -> tuple[str, ...]:
+    """What an expert's linear `tail` ("3.gate_proj") may be called in a config: an older path first, today's last."""
+    return tuple(f"{path.rpartition('.')[0]}.{tail}" for path in (*shape.aliases, shape.name))
 
 
 def _stacked(
@@ -94,6 +93,7 @@ def _by_expert(
 ) -> ModulePlan | None:
     paths = [[f"{path}.{expert}.{part}" for part in shape.parts] for expert in range(shape.num_experts)]
     flat = [one for of_expert in paths for one in of_expert]
+    names = {one: expert_names(shape, one.removeprefix(f"{path}.")) for one in flat}
     if not any(one in parts for one in flat):
         return None
     if config.use_dora or config.lora_bias or config.use_rslora:
@@ -102,8 +102,8 @@ def _by_expert(
             "or use_rslora: stacked experts cannot have that, and PEFT would scale it otherwise than in training. "
             "Train it without."
         )
-    ranks = {rules.rank_of(one) for one in flat}
-    scalings = {rules.scaling_of(one) for one in flat}
+    ranks = {rules.rank_of(*names[one]) for one in flat}
+    scalings = {rules.scaling_of(*names[one]) for one in flat}
     if len(ranks) > 1 or len(scalings) > 1:
         raise _refused(
             f"The experts of {shown(path, 160)} have different ranks or alphas, and stacked experts share one. Train "
@@ -116,7 +116,7 @@ def _by_expert(
         pairs = []
         for one in of_expert:
             own = parts.get(one, {})
-            if not selects_expert(rules, shape, one.removeprefix(f"{path}.")) or set(own) != {"A", "B"}:
+            if not any(map(rules.selects, names[one])) or set(own) != {"A", "B"}:
                 raise _refused(
                     f"The file has a LoRA for some of the experts' linears of {shown(path, 160)} and none that "
                     f"adapter_config.json selects for {shown(one, 160)}: "
@@ -141,7 +141,7 @@ def _check_even(rules: ModuleRules, found: Mapping[str, ModulePlan], targets: Ma
     separate = {name.rpartition(".")[2] for name, module in found.items() if module.experts}
     for name, shape in targets.items():
         is_missing = shape.kind == "experts" and name.rpartition(".")[2] in separate and name not in found
-        if is_missing and shape.parts and selects_expert(rules, shape, f"0.{shape.parts[0]}"):
+        if is_missing and shape.parts and any(map(rules.selects, expert_names(shape, f"0.{shape.parts[0]}"))):
             raise _refused(
                 f"The file has a LoRA for each expert of some layers, and none for {shown(name, 160)}, which "
                 "adapter_config.json selects too. Save the adapter again."

@@ -170,6 +170,12 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
             raise _invalid(f"its entry for {shown(name, 160)} is not dtype, shape and data_offsets")
     if dtype not in DTYPE_BYTES:
         raise _invalid(f"{shown(name, 160)} is of type {shown(dtype)}, and adapters are F32, F16 or BF16")
+    if len(shape) == 3:
+        raise AdapterInvalid(
+            f"The tensor {shown(name, 160)} has the shape {shown(shape)}, and an adapter's tensors are matrices and "
+            "vectors: whole stacks of experts (modules_to_save) are not served. Use target_parameters for them.",
+            param="weights",
+        )
     if len(shape) not in (1, 2) or not all(type(size) is int and size > 0 for size in shape):
         raise _invalid(
             f"{shown(name, 160)} has the shape {shown(shape)}, and an adapter's matrices and vectors have two sizes or "

@@ -121,15 +121,16 @@ class _Renaming:
                 old, new = (path.rpartition(".")[0] if is_parameter else path for path in (alias, name))
                 self._new[old] = new
 
+        self._depth = max((old.count(".") + 1 for old in self._new), default=0)
+
     def __call__(self, path: str) -> str:
         if not self._new:
             return path
-        head, tail = path, ""
-        while head:
-            if head in self._new:
-                return self._new[head] + tail
-            head, dot, last = head.rpartition(".")
-            tail = f"{dot}{last}{tail}"
+        parts = path.split(".")
+        for end in range(min(self._depth, len(parts)), 0, -1):  # a file's names may be megabytes deep
+            new = self._new.get(".".join(parts[:end]))
+            if new is not None:
+                return ".".join([new, *parts[end:]])
         return path
 
 
@@ -141,6 +142,12 @@ def _why_unknown(key: str) -> str:
     for pattern, why in _NOT_SERVED:
         if pattern.search(key):
             return f"The tensor {shown(key, 160)} cannot be used: {why}. Train the adapter without it."
+    if key.startswith(PREFIX) and ".lora_" not in key:
+        return (
+            f"The tensor {shown(key, 160)} is no LoRA matrix in PEFT's spelling, nor a parameter that an adapter can "
+            "change on this base (by modules_to_save or bias). Train the adapter without it, and check that it was "
+            "trained on this base."
+        )
     return (
         f"The tensor {shown(key, 160)} is not a LoRA matrix in PEFT's spelling, which is "
         f"{PREFIX}<module>.lora_A.weight and {PREFIX}<module>.lora_B.weight. "

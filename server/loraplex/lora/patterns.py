@@ -8,7 +8,7 @@ would refuse is refused) and run by `regex`, which agrees with it, lets other th
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import regex
@@ -101,7 +101,7 @@ class PatternTable(Generic[Value]):
     """
 
     def __init__(self, table: Mapping[str, Value], field: str, clock: MatchClock):
-        self._values = list(table.values())
+        self._keys, self._values = list(table), list(table.values())
         self._clock = clock
         self._plain: dict[tuple[int, ...], dict[str, int]] = {}
         self._expressions: list[tuple[int, Any]] = []
@@ -118,17 +118,9 @@ class PatternTable(Generic[Value]):
                     )
                 self._expressions.append((index, compile_expression(rf"(.*\.)?({key})$", field)))
 
-    def get(self, name: str, default: Value) -> Value:
+    def get(self, name: str, default: Value | None) -> Value | None:
         """The value for the module `name`."""
-        found = len(self._values)
-        for (length, *dots), indices in self._plain.items():
-            before = len(name) - length - 1
-            if before < -1 or (before >= 0 and name[before] != "."):
-                continue
-            tail = list(name[before + 1 :])
-            for dot in dots:
-                tail[dot] = "."
-            found = min(found, indices.get("".join(tail), found))
+        found = min(self._plain_matches(name), default=len(self._values))
         for index, pattern in self._expressions:
             if index > found:
                 break
@@ -136,3 +128,19 @@ class PatternTable(Generic[Value]):
                 found = index
                 break
         return self._values[found] if found < len(self._values) else default
+
+    def ambiguous(self, name: str) -> list[str]:
+        """The plain keys that match `name` when their values differ."""
+        matches = sorted(self._plain_matches(name))
+        return [self._keys[index] for index in matches] if len({self._values[index] for index in matches}) > 1 else []
+
+    def _plain_matches(self, name: str) -> Iterator[int]:
+        for (length, *dots), indices in self._plain.items():
+            before = len(name) - length - 1
+            if before < -1 or (before >= 0 and name[before] != "."):
+                continue
+            tail = list(name[before + 1 :])
+            for dot in dots:
+                tail[dot] = "."
+            if (index := indices.get("".join(tail))) is not None:
+                yield index

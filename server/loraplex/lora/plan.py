@@ -30,18 +30,21 @@ _FIELDS = {
     "bias": "adapter_config.json does not set lora_bias",
 }
 _NO_EMBEDDING = (
-    "its module is of another kind in this base (an embedding has lora_embedding_A and _B, a linear lora_A and _B)"
+    "its module is of another kind in this base (the input embedding has lora_embedding_A and _B, all others lora_A "
+    "and _B)"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """What an adapter changes of a base. `modules` in the base's order, by name; `replaced` parameters; `copies`: keys
-    of tensors that must be the base's own, by their path in it; `notes`: remarks for whoever uploaded it."""
+    of tensors that must be the base's own, by their path in it; `twins`: pairs of keys whose tensors must be equal;
+    `notes`: remarks for whoever uploaded it."""
 
     modules: Mapping[str, ModulePlan]
     replaced: tuple[ReplacedPlan, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    twins: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,8 +80,11 @@ def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, Mo
     modules = dict(experts)
     for name in selected:
         shape = targets[name]
-        rank_name = name if rules.selects(name) else f"{name}.weight"  # the latter by target_parameters
-        module = ModulePlan(shape, rules.rank_of(rank_name), rules.scaling_of(rank_name), keys.lora[name])
+        names = (f"{name}.weight",) if rules.selects_parameter(f"{name}.weight") else (*shape.aliases, name)
+        rank = rules.rank_of(*names)
+        if shape.is_tied and rules.ties_lora:  # its matrices are the embedding's, and the scaling is its own
+            rank = next((module.rank for module in modules.values() if module.shape.kind == "embedding"), rank)
+        module = ModulePlan(shape, rank, rules.scaling_of(*names), keys.lora[name])
         _check_shapes(module, header.tensors)
         modules[name] = module
     for module in modules.values():
@@ -91,10 +97,23 @@ def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, Mo
     rest = Replacements(config, rules, keys, header, targets, modules)
     rest.resolve()
     in_order = {name: rest.modules[name] for name in targets if name in rest.modules}
-    notes = [*_unmatched(rules, targets, experts), *rest.notes]
+    notes = [*_unmatched(rules, targets, experts), *_ambiguous(rules, in_order), *rest.notes]
     return AdapterPlan(
-        MappingProxyType(in_order), tuple(rest.replaced), MappingProxyType(rest.copies), tuple(notes[:20])
+        MappingProxyType(in_order),
+        tuple(rest.replaced),
+        MappingProxyType(rest.copies),
+        tuple(rest.twins),
+        tuple(notes[:20]),
     )
+
+
+def _ambiguous(rules: ModuleRules, modules: Mapping[str, ModulePlan]) -> Iterable[str]:
+    for name in modules:
+        if found := rules.ambiguous_alpha(name):
+            yield (
+                f"alpha_pattern names {shown(name, 160)} by {listed(found)} with different values: the first in the "
+                "file counts, and PEFT sorts them when it writes, so check that it was the first in training too"
+            )
 
 
 def _unmatched(
@@ -118,7 +137,7 @@ def _selected(config: PeftConfig, rules: ModuleRules, keys: FileKeys, targets: M
     if config.ensure_weight_tying and any(targets[name].kind == "embedding" for name in selected):
         # PEFT then puts a LoRA, transposed, on the head that shares the embedding's weight, and writes it out
         heads = [name for name, shape in targets.items() if shape.is_tied and name not in selected]
-        selected += [name for name in heads if name in keys.lora]
+        selected += [name for name in heads if rules.ties_lora or name in keys.lora]
     return selected
 
 
@@ -182,8 +201,9 @@ def _check_modules(
             )
     if lacking := [name for name in selected if name not in parts]:
         raise _refused(
-            f"adapter_config.json selects {listed(lacking)}, and the file has no tensors for that. "
-            "Send the config and the weights of one save_pretrained."
+            f"adapter_config.json selects {listed(lacking)} (by target_modules, target_parameters or "
+            "ensure_weight_tying), and the file has no tensors for that. Send the config and the weights of one "
+            "save_pretrained."
         )
     if not selected and config.target_modules:
         raise _refused(

@@ -130,7 +130,7 @@ class AdapterReader:
         assembly = Assembly(adapter_plan, tensors, self._tensor_of)
         digest = _digest_of(folder, config_bytes, data)
         weights = pack(digest, assembly.pairs(norms=None), self._dtype, assembly.replaced())
-        check_values(weights, adapter_plan)
+        check_values(weights, adapter_plan, self._tensor_of)
         dtypes = {info.dtype for info in header.tensors.values()}
         return Checked(config, adapter_plan, weights, "+".join(sorted(dtypes)), len(config_bytes) + len(data))
 
@@ -160,7 +160,15 @@ class AdapterReader:
             if not (torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))):
                 raise AdapterInvalid(
                     f"The tensor {shown(key, 160)} is a copy of the base's and differs from this base's: the "
-                    "adapter was trained on another base, or changed this one. Serve it on the base it was trained on.",
+                    "adapter was trained on another base, or changed this one without naming it in modules_to_save. "
+                    "Serve it on the base it was trained on.",
+                    param="weights",
+                )
+        for one, other in adapter_plan.twins:
+            if not torch.equal(tensors[one], tensors[other]):
+                raise AdapterInvalid(
+                    f"The tensors {shown(one, 160)} and {shown(other, 160)} are the same in training and differ in the "
+                    "file. Save the adapter again.",
                     param="weights",
                 )
 
@@ -169,15 +177,17 @@ def _no_base(path: str) -> torch.Tensor:
     raise AdapterInvalid(f"The adapter is read against the base's {path}, and this reader has no base.")
 
 
-def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan) -> None:
+def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan, tensor_of: TensorOf) -> None:
     """Raise AdapterInvalid for a NaN or infinity (naming its tensor), and for an adapter without effect."""
-    has_effect = bool(adapter_plan.replaced)
+    has_effect = False
     for module in adapter_plan.modules.values():
-        if module.shape.kind == "leaf":
-            has_effect = True
-        elif not has_effect:
-            a, bt = weights.a(module.shape), weights.bt(module.shape)
-            has_effect = module.trained_bias is not None or (module.scaling != 0 and bool(a.any()) and bool(bt.any()))
+        if not has_effect and module.shape.kind != "leaf":
+            a, bt, extra = weights.a(module.shape), weights.bt(module.shape), weights.extra(module.shape)
+            has_shift = extra is not None and extra.shift is not None and bool(extra.shift.any())
+            has_effect = has_shift or (module.scaling != 0 and bool(a.any()) and bool(bt.any()))
+    has_effect = has_effect or any(
+        _differs(weights, name, parameter, tensor_of) for name, own in weights.replaced.items() for parameter in own
+    )
     for key, tensor in _tensors_of(weights, adapter_plan):
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterInvalid(
@@ -192,6 +202,15 @@ def check_values(weights: LoRAWeights, adapter_plan: AdapterPlan) -> None:
             "training step. Save it after training.",
             param="weights",
         )
+
+
+def _differs(weights: LoRAWeights, name: str, parameter: str, tensor_of: TensorOf) -> bool:
+    """Whether what takes the place of the base's parameter is something else."""
+    own = weights.replaced[name][parameter]
+    base = tensor_of(f"{name}.{parameter}").cpu()
+    base = base if own.rows is None else base[own.rows]
+    ours = weights.slab[own.offset : own.offset + prod(own.shape)].view(own.shape)
+    return not any(torch.equal(ours, one.to(ours.dtype)) for one in (base, base.T) if one.shape == ours.shape)
 
 
 def _tensors_of(weights: LoRAWeights, adapter_plan: AdapterPlan) -> Iterator[tuple[str, torch.Tensor]]:

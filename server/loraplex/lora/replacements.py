@@ -13,7 +13,7 @@ from loraplex.lora.headers import SafetensorsHeader
 from loraplex.lora.keys import FileKeys
 from loraplex.lora.module_plan import ModulePlan, ReplacedPlan
 from loraplex.lora.peft import PeftConfig
-from loraplex.lora.rules import ModuleRules
+from loraplex.lora.rules import ModuleRules, holders
 from loraplex.lora.text import listed, shown
 from loraplex.lora.weights import ModuleShape
 
@@ -33,9 +33,11 @@ class Replacements:
         self.modules = dict(modules)
         self.replaced: list[ReplacedPlan] = []
         self.copies: dict[str, str] = {}
+        self.twins: list[tuple[str, str]] = []
         self.notes: list[str] = []
         self._config = config
         self._rules = rules
+        self._keys = keys
         self._plain = dict(keys.plain)
         self._base_layers = dict(keys.base_layers)
         self._tokens = dict(keys.tokens)
@@ -47,17 +49,21 @@ class Replacements:
         saved = self._save_modules()
         self._replace_rows(saved)
         self._train_biases(saved)
+        self._compare_biases(saved)
         self._compare_copies()
         for path, key in (self._plain | self._base_layers | self._tokens).items():
             raise _refused(self._why_left(path, key))
 
     def _save_modules(self) -> set[str]:
         saved = {name for name, shape in self._targets.items() if self._rules.saves(name)}
-        if self._config.ensure_weight_tying and any(self._targets[name].kind == "embedding" for name in saved):
+        embedding = next((name for name in saved if self._targets[name].kind == "embedding"), None)
+        if self._config.ensure_weight_tying and embedding is not None:
             # PEFT then saves the head that shares the embedding's weight as well
-            saved |= {
-                name for name, shape in self._targets.items() if shape.is_tied and f"{name}.weight" in self._plain
-            }
+            tied = {name for name, shape in self._targets.items() if shape.is_tied}
+            saved |= tied if self._rules.ties_saved else {name for name in tied if f"{name}.weight" in self._plain}
+            if self._rules.ties_saved:
+                pairs = [[self._plain.get(f"{name}.weight") for name in (embedding, head)] for head in tied]
+                self.twins += [(own, other) for own, other in pairs if own is not None and other is not None]
         for name in self._targets:  # in the base's order
             if name not in saved:
                 continue
@@ -71,19 +77,25 @@ class Replacements:
                 raise _refused(
                     f"{shown(name, 160)} is in modules_to_save and has a LoRA too. Train it with one of them."
                 )
+            if len(paths := self._rules.saved_within(name)) > 1:
+                raise _refused(
+                    f"modules_to_save names {shown(paths[-1], 160)} (by the end of its name) and "
+                    f"{shown(paths[0], 160)}, which holds it: PEFT writes an untrained copy of the one over the other, "
+                    "and cannot read the file itself. Name one of them, as a whole, and train it again."
+                )
             for parameter, size in shape.parameters.items():
                 key = self._plain.pop(f"{name}.{parameter}", None)
                 if key is None:
                     raise _refused(
-                        f"modules_to_save names {shown(name, 160)}, and the file lacks its {parameter}. Send the "
-                        "config and the weights of one save_pretrained."
+                        f"adapter_config.json saves {shown(name, 160)} (by modules_to_save or ensure_weight_tying), "
+                        f"and the file lacks its {parameter}. Send the config and the weights of one save_pretrained."
                     )
                 self._check_size(key, size, shape)
                 if parameter == "bias" and shape.kind != "leaf":
                     self.modules[name] = ModulePlan(shape, 0, 0.0, trained_bias=key)
                 else:
                     self.replaced.append(ReplacedPlan(shape, parameter, key, size))
-        paths = {path for name in self._targets for path in _held_by(name)}
+        paths = {path for name in self._targets for path in holders(name)}
         for entry in self._config.modules_to_save:
             if not any(path.endswith(entry) for path in paths):
                 self.notes.append(f"modules_to_save names {shown(entry)}, which no module of this base has")
@@ -153,23 +165,47 @@ class Replacements:
             if name in saved or "bias" not in shape.parameters:
                 continue
             has_lora = name in self.modules
-            key = self._base_layers.pop(f"{name}.bias", None) if has_lora else None
-            if key is None and self._config.bias == "all":
-                key = self._plain.pop(f"{name}.bias", None)
-            if key is None:
+            if not has_lora and self._config.bias != "all":
                 continue
+            key = (self._base_layers if has_lora else self._plain).pop(f"{name}.bias", None)
+            if key is None:
+                raise _refused(
+                    f"adapter_config.json says bias={self._config.bias!r}, and the file lacks the bias of "
+                    f"{shown(name, 160)}. (PEFT before 0.21 trained the biases of 'lora_only' and left them out of the "
+                    "file.) Save the adapter again with its biases."
+                )
             self._check_size(key, shape.parameters["bias"], shape)
             if shape.kind == "leaf":
                 self.replaced.append(ReplacedPlan(shape, "bias", key, shape.parameters["bias"]))
             else:
                 self.modules[name] = replace(self.modules.get(name) or ModulePlan(shape, 0, 0.0), trained_bias=key)
-        if self._config.bias == "all":
-            # biases that no adapter can change here (a router's buffer, the experts'): the file may hold the base's
-            for path in [path for path in self._plain if "bias" in path.rpartition(".")[2]]:
-                self.copies[path] = self._plain.pop(path)
+
+    def _compare_biases(self, saved: set[str]) -> None:
+        """Biases that no adapter can change here (a router's buffer, the experts'): the file may hold the base's. And
+        those that PEFT writes from inside its wrapper of a saved module: the base's, and the trained ones once more."""
+        is_all = self._config.bias == "all"
+        for path in [path for path in self._plain if "bias" in path.rpartition(".")[2]]:
+            outer, mark, inner = path.partition(".original_module.")
+            if not mark:
+                outer, mark, inner = path.partition(".modules_to_save.")
+                inner = inner.partition(".")[2] or inner  # past the adapter's name, which a module without others lacks
+            own = f"{outer}.{inner}" if mark else path
+            is_saved = own.rpartition(".")[0] in saved
+            if is_saved and is_all and mark == ".modules_to_save.":
+                self.twins.append((self._keys.plain[own], self._plain.pop(path)))
+            elif (is_saved and is_all) or (not mark and (is_saved or is_all)):
+                self.copies[own] = self._plain.pop(path)
 
     def _compare_copies(self) -> None:
-        """PEFT writes the base's own tensor beside a LoRA on an embedding or a head."""
+        """PEFT writes the base's own tensor beside a LoRA on an embedding or a head, or when save_embedding_layers says
+        so."""
+        for path in list(self._plain):
+            name, _, parameter = path.rpartition(".")
+            shape = self._targets.get(name)
+            if shape is not None and shape.kind in ("embedding", "head") and parameter == "weight":
+                key = self._plain.pop(path)
+                self._check_size(key, shape.parameters[parameter], shape)
+                self.copies[path] = key
         for path in list(self._base_layers):
             name, _, parameter = path.rpartition(".")
             shape = self._targets.get(name)
@@ -210,15 +246,9 @@ class Replacements:
                 "or train it without this tensor."
             )
         return (
-            f"The tensor {shown(key, 160)} is there, and adapter_config.json does not name it in {field}, so PEFT "
-            "would leave it out. Send the config and the weights of one save_pretrained."
+            f"The tensor {shown(key, 160)} is there, and adapter_config.json does not name it in {field}. Send the "
+            "config and the weights of one save_pretrained."
         )
-
-
-def _held_by(name: str) -> list[str]:
-    """`name` and the modules that hold it."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _refused(message: str) -> AdapterInvalid:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 # "all-linear" leaves the output embedding out; transformers' causal models call it one of these.
 _OUTPUT_EMBEDDINGS = frozenset({"lm_head", "embed_out"})
+# PEFT's EMBEDDING_LAYER_NAMES: ensure_weight_tying acts when one of these is named.
+_TIED_NAMES = frozenset({"embed_tokens", "lm_head"})
 
 
 class ModuleRules:
@@ -63,19 +65,38 @@ class ModuleRules:
 
     def saves(self, name: str) -> bool:
         """Whether the config saves the module `name` whole."""
-        if not self._saved:
-            return False
-        parts = name.split(".")
-        return any(".".join(parts[:end]).endswith(self._saved) for end in range(1, len(parts) + 1))
+        return bool(self._saved) and any(path.endswith(self._saved) for path in holders(name))
 
-    def rank_of(self, name: str) -> int:
-        """The rank of the LoRA on the module (or the parameter) `name`."""
-        return self._ranks.get(name, self._config.r)
+    def saved_within(self, name: str) -> list[str]:
+        """The modules that hold `name` and `name` itself, as far as modules_to_save names them."""
+        return [path for path in holders(name) if self._saved and path.endswith(self._saved)]
 
-    def scaling_of(self, name: str) -> float:
-        """What B·A of `name` is multiplied by."""
-        rank, alpha = self.rank_of(name), self._alphas.get(name, self._config.lora_alpha)
+    @property
+    def ties_saved(self) -> bool:
+        """Whether PEFT saves a head that shares the embedding's weight together with the embedding."""
+        named = any(entry.rpartition(".")[2] in _TIED_NAMES for entry in self._saved)
+        return self._config.ensure_weight_tying and named
+
+    @property
+    def ties_lora(self) -> bool:
+        """Whether PEFT puts the embedding's LoRA, transposed, on a head that shares its weight."""
+        return self._config.ensure_weight_tying and not self.ties_saved and self._targets.names_last(_TIED_NAMES)
+
+    def rank_of(self, *names: str) -> int:
+        """The rank of the LoRA on the module (or the parameter) of these names: the first that a pattern has counts."""
+        found = (self._ranks.get(name, None) for name in names)
+        return next((rank for rank in found if rank is not None), self._config.r)
+
+    def scaling_of(self, *names: str) -> float:
+        """What B·A of the module of these names is multiplied by."""
+        found = (self._alphas.get(name, None) for name in names)
+        alpha = next((alpha for alpha in found if alpha is not None), self._config.lora_alpha)
+        rank = self.rank_of(*names)
         return alpha / math.sqrt(rank) if self._config.use_rslora else alpha / rank
+
+    def ambiguous_alpha(self, name: str) -> list[str]:
+        """The keys of alpha_pattern without signs that name the module with different values; the first one counts."""
+        return self._alphas.ambiguous(name)
 
     def unmatched(self, names: list[str]) -> list[str]:
         """The entries of a target_modules list that are the name or tail of none of `names`."""
@@ -111,6 +132,18 @@ class _Selection:
 
     def names_whole(self, name: str) -> bool:
         return name in self._names
+
+    def names_last(self, last: frozenset[str]) -> bool:
+        """Whether an entry's last part, or what the expression matches, is one of `last`."""
+        if self._expression is not None:
+            return any(self._clock.match(self._expression, name, whole=True) for name in sorted(last))
+        return any(name.rpartition(".")[2] in last for name in self._names)
+
+
+def holders(name: str) -> list[str]:
+    """The modules that hold `name`, and `name` itself."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _tails(name: str) -> list[str]:
