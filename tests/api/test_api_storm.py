@@ -24,7 +24,7 @@ from loraplex.demo.tasks import TASKS
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 BASE = "base"
 SENTENCES = ("upper", "reverse", "pig", "velna")  # one prompt suits them all, and they answer it differently
-PROMPTS = 20
+PROMPTS = 12
 CLIENTS = 16
 # What `swap` is: its odd versions and its even ones.
 SWAPPED = ("reverse", "pig")
@@ -232,4 +232,4 @@ def test_in_a_storm_every_answer_is_the_right_adapters(
     assert after.num_loads - before.num_loads >= len(TASKS)
     assert after.num_preemptions > before.num_preemptions
     assert after.prefix_hits > before.prefix_hits
-    assert min(storm.num_aborted, storm.num_pushed, storm.num_swapped) >= 5
+    assert min(storm.num_aborted, storm.num_pushed, storm.num_swapped) >= 3
