@@ -16,7 +16,7 @@ help:
 	@echo "make bench       the CPU benchmarks"
 	@echo "make demo        all demo tasks in mixed batches, with scores"
 	@echo "make matrix      write the README's table of architectures and adapters, from the tests"
-	@echo "make demo-model  train the demo base and its adapters again from seeds, about 20 minutes"
+	@echo "make demo-model  train the demo base and its adapters again from seeds, 20 minutes or more"
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("loraplex needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -1,6 +1,6 @@
 """Build the demo from nothing: `make demo-model`, or `python -m loraplex.demo.build` with the extra `[train]`.
 
-About 20 minutes on two cores. An interrupted base is taken up from its last checkpoint.
+Some 20 minutes on two idle cores. An interrupted base is taken up from its last checkpoint.
 """
 
 from __future__ import annotations

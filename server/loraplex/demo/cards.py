@@ -59,7 +59,7 @@ prompt in sixteen (CRC-32) is held out and was never trained on in any form.
 {BASE_SCHEDULE.learning_rate} with a cosine to zero, bfloat16 autocast, {THREADS} CPU threads.
 
 **Rebuild.** `make demo-model` in a checkout, or `pip install loraplex[train]` and
-`python -m loraplex.demo.build --out FOLDER`: from fixed seeds, about 20 minutes on two cores. Tokenizer
+`python -m loraplex.demo.build --out FOLDER`: from fixed seeds, some 20 minutes on two idle cores. Tokenizer
 and data depend on the seeds alone. The weights are the same to the last bit only on the same processor with the
 same versions of torch, transformers and PEFT and {THREADS} threads; elsewhere they, and the scores, may differ.
 
