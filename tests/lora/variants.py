@@ -302,6 +302,7 @@ PHI = [
     Variant("LoRA on a head with a bias", {"target_modules": ["lm_head"]}),
     Variant("the same, bias all", {"target_modules": ["lm_head"], "bias": "all"}),
     Variant("saved head, bias all", {"target_modules": QV, "bias": "all", "modules_to_save": ["lm_head"]}),
+    Variant("token rows beside a head with a bias", {"target_modules": QV, "trainable_token_indices": TOKENS}),
 ]
 MOE = [
     Variant("experts alone", {"target_modules": [], "target_parameters": EXPERTS}),
@@ -350,7 +351,10 @@ GOOD = {
         Variant("with old paths in the patterns", {}, expert_by_expert(rank_pattern={r".*block_sparse_moe.*": 2})),
         Variant("with an old path's alpha", {}, expert_by_expert(alpha_pattern={r"experts\.\d\.w[13]": 24})),
     ],
+    "qwen2_moe": [*MOE, *_router("gate")],
     "deepseek_v3": [
-        Variant("saved router with its buffer", {"target_modules": ["o_proj"], "modules_to_save": ["gate"]})
+        *MOE[:2],
+        MOE[4],
+        Variant("saved router with its buffer", {"target_modules": ["o_proj"], "modules_to_save": ["gate"]}),
     ],
 }

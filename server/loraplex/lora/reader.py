@@ -210,7 +210,8 @@ def _differs(weights: LoRAWeights, name: str, parameter: str, tensor_of: TensorO
     base = tensor_of(f"{name}.{parameter}").cpu()
     base = base if own.rows is None else base[own.rows]
     ours = weights.slab[own.offset : own.offset + prod(own.shape)].view(own.shape)
-    return not any(torch.equal(ours, one.to(ours.dtype)) for one in (base, base.T) if one.shape == ours.shape)
+    forms = (base, base.T) if base.ndim == 2 else (base,)  # a Conv1D stores it the other way round
+    return not any(torch.equal(ours, one.to(ours.dtype)) for one in forms)
 
 
 def _tensors_of(weights: LoRAWeights, adapter_plan: AdapterPlan) -> Iterator[tuple[str, torch.Tensor]]:
