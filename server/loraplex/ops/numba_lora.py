@@ -38,8 +38,10 @@ def _shrink_rows(
     s: int,
     s_stride: int,
     rows: int,
+    ahead: int,
 ) -> None:
-    """s[0:rows, 0:rank] = x[0:rows] · Aᵀ for neighbouring rows of one adapter."""
+    """s[0:rows, 0:rank] = x[0:rows] · Aᵀ for neighbouring rows of one adapter; the next one's A lies `ahead` bytes
+    further on."""
     row_fours, rank_fours = rows - rows % 4, rank - rank % 4
     for r in range(0, rank_fours, 4):
         block, out = a + r * features * size_of(element), s + 4 * r
@@ -55,7 +57,7 @@ def _shrink_rows(
                 s_stride,
             )
         for t in range(row_fours, rows):
-            dot_1x4(element, x + t * x_stride, block, features, whole, out + t * s_stride)
+            dot_1x4(element, x + t * x_stride, block, features, whole, out + t * s_stride, ahead)
     for r in range(rank_fours, rank):
         block, out = a + r * features * size_of(element), s + 4 * r
         for t in range(rows):
@@ -89,11 +91,13 @@ def shrink_share(
         if rows <= 0 or r == 0:
             continue
         a = read_int64(address, where) + read_int64(offset_a, where) * size_of(element)
+        following = read_int32(place, min(i + 1, num_segments - 1))
+        ahead = read_int64(address, following) + read_int64(offset_a, following) * size_of(element) - a
         row, out = x + (read_int32(start, i) + low - begin) * x_stride, s + low * s_stride
         if features % LANES == 0:
-            _shrink_rows(element, row, x_stride, a, features, True, r, out, s_stride, rows)
+            _shrink_rows(element, row, x_stride, a, features, True, r, out, s_stride, rows, ahead)
         else:
-            _shrink_rows(element, row, x_stride, a, features, False, r, out, s_stride, rows)
+            _shrink_rows(element, row, x_stride, a, features, False, r, out, s_stride, rows, ahead)
 
 
 @jit
@@ -123,6 +127,8 @@ def expand_share(
         fours = rows - rows % 4
         w = read_float32(scale, i) * read_float32(scaling, where)
         bt = read_int64(address, where) + read_int64(offset_b, where) * size_of(element)
+        following = read_int32(place, min(i + 1, num_segments - 1))
+        ahead = read_int64(address, following) + read_int64(offset_b, following) * size_of(element) - bt
         y_i, s_i = y + read_int32(start, i) * y_stride, s + read_int32(offset, i) * s_stride
         row = features * size_of(element)
         for column in range(first, tiles, TILE):
@@ -140,7 +146,7 @@ def expand_share(
                     ranks,
                 )
             for t in range(fours, rows):
-                add_1_row(element, out + t * y_stride, s_i + t * s_stride, w, b, row, ranks)
+                add_1_row(element, out + t * y_stride, s_i + t * s_stride, w, b, row, ranks, ahead)
         for column in range(tiles, last, LANES):
             b, out = bt + column * size_of(element), y_i + column * size_of(element)
             for t in range(rows):

@@ -17,6 +17,7 @@ from loraplex.ops.numba_types import (
     load_first,
     load_lanes,
     poke,
+    prefetch,
     read_float32,
     size_of,
     store_first,
@@ -60,14 +61,18 @@ def dot_4x4(element: Any, x: int, x_stride: int, a: int, features: int, whole: b
 
 
 @inline
-def dot_1x4(element: Any, x: int, a: int, features: int, whole: bool, s: int) -> None:
-    """s[0:4] = x · A[0:4]ᵀ for one row."""
+def dot_1x4(element: Any, x: int, a: int, features: int, whole: bool, s: int, ahead: int) -> None:
+    """s[0:4] = x · A[0:4]ᵀ for one row. What lies `ahead` bytes further on is wanted next."""
     zero = splat(ZERO)
     s0, s1, s2, s3 = zero, zero, zero, zero
     row = features * size_of(element)
     for k in range(0, features, LANES):
         count, at = features - k, k * size_of(element)
         v = load_lanes(element, x + at, count, whole)
+        prefetch(a + at + ahead)
+        prefetch(a + row + at + ahead)
+        prefetch(a + 2 * row + at + ahead)
+        prefetch(a + 3 * row + at + ahead)
         s0 = multiply_add(v, load_lanes(element, a + at, count, whole), s0)
         s1 = multiply_add(v, load_lanes(element, a + row + at, count, whole), s1)
         s2 = multiply_add(v, load_lanes(element, a + 2 * row + at, count, whole), s2)
@@ -119,13 +124,15 @@ def add_4_rows(
 
 
 @inline
-def add_1_row(element: Any, y: int, s: int, w: float, bt: int, row: int, rank: int) -> None:
-    """y[0:TILE] += w · s[0:rank] · Bᵀ[:, 0:TILE] for one row."""
+def add_1_row(element: Any, y: int, s: int, w: float, bt: int, row: int, rank: int, ahead: int) -> None:
+    """y[0:TILE] += w · s[0:rank] · Bᵀ[:, 0:TILE] for one row. What lies `ahead` bytes further on is wanted next."""
     zero = splat(ZERO)
     y0, y1, y2, y3 = zero, zero, zero, zero
     step = LANES * size_of(element)
     for r in range(rank):
         b, c = bt + r * row, splat(w * read_float32(s, r))
+        for line in range(0, 4 * step, 64):
+            prefetch(b + line + ahead)
         y0, y1 = multiply_add(c, load(element, b), y0), multiply_add(c, load(element, b + step), y1)
         y2 = multiply_add(c, load(element, b + 2 * step), y2)
         y3 = multiply_add(c, load(element, b + 3 * step), y3)

@@ -220,6 +220,20 @@ def copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), codegen
 
 
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at `address`; nothing is read, and no address is a fault."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, I32(0), I32(3), I32(1)])  # to read, into the first cache, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 @inline
 def load_lanes(element: Any, address: int, count: int, whole: bool) -> Any:
     """load if `whole` (a constant where this is called: no branch remains), else load_first."""
