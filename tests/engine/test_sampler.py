@@ -8,6 +8,7 @@ from scheduler_rig import make_sequence
 
 from loraplex.engine.sampler import Sampler
 from loraplex.engine.sequence import Sequence
+from loraplex.ops import select_ops
 
 EOS = 2
 VOCAB = 12
@@ -16,7 +17,7 @@ LOGITS = torch.tensor([1.5, 0.2, -1.0, 2.0, 0.0, -3.0, 1.9, 0.7, 0.7, -0.5, 1.0,
 
 @pytest.fixture
 def sampler() -> Sampler:
-    return Sampler(frozenset({EOS}))
+    return Sampler(frozenset({EOS}), select_ops("cpu"))
 
 
 def sequence(prompt=(3, 4), output=(), choice: int = 0, **params) -> Sequence:

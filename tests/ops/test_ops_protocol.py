@@ -14,7 +14,7 @@ from loraplex.ops import LayerAttention, Ops, numba_attention, numba_lora, numba
 
 SERVER = Path(inspect.getfile(Ops)).parents[2]
 HEAVY = ["fastapi", "pydantic", "sqlalchemy"]
-VERBS = ["store_kv", "paged_attention", "shrink", "expand", "add_lora"]
+VERBS = ["store_kv", "paged_attention", "shrink", "expand", "add_lora", "draw"]
 
 
 @pytest.mark.parametrize("ops", [torch_ops, numba_ops], ids=["torch", "numba"])

@@ -41,7 +41,7 @@ class ModelRunner:
         self._context = StepContext()
         wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)
-        self._sampler = Sampler(config.eos_token_ids)
+        self._sampler = Sampler(config.eos_token_ids, self.ops)
 
     @property
     def targets(self) -> Mapping[str, ModuleShape]:

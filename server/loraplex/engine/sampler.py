@@ -4,14 +4,18 @@ import torch
 from torch import Tensor
 
 from loraplex.engine.messages import TokenLogprobs
-from loraplex.engine.noise import gumbel_noise, row_key
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.sequence import Sequence
+from loraplex.ops import Ops
+from loraplex.ops.noise import row_key
+
+_PREFIX = 256
 
 
 class Sampler:
-    def __init__(self, eos_token_ids: frozenset[int]):
+    def __init__(self, eos_token_ids: frozenset[int], ops: Ops):
         self._eos_token_ids = eos_token_ids
+        self._ops = ops
 
     def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int]:
         """The next token of each sequence. `logits` float32 [len(seqs), V]; not changed."""
@@ -23,12 +27,22 @@ class Sampler:
             for row, seq in zip(work, seqs, strict=True):
                 if self._adjusts(seq):
                     self._adjust(row, seq)
-        tokens = work.argmax(-1)
+        tokens = _argmax(work)
         drawn = [i for i, seq in enumerate(seqs) if not seq.request.params.is_greedy]
         if drawn:
             index = torch.tensor(drawn, device=logits.device)
-            tokens[index] = _draw(work[index], [seqs[i] for i in drawn])
+            tokens[index] = self._draw(work[index], [seqs[i] for i in drawn])
         return tokens.tolist()
+
+    def _draw(self, logits: Tensor, seqs: list[Sequence]) -> Tensor:
+        """Gumbel-max over the truncated distribution. logits [R, V], a copy -> int64 [R]."""
+        params = [seq.request.params for seq in seqs]
+        logits /= _column([p.temperature for p in params], logits)
+        _mask_min_p(logits, params)
+        _mask_top_k(logits, params)
+        _mask_top_p(logits, params)
+        keys = [row_key(p.seed, seq.request.choice, seq.num_output_tokens) for p, seq in zip(params, seqs, strict=True)]
+        return self._ops.draw(logits, keys)
 
     def _adjusts(self, seq: Sequence) -> bool:
         params = seq.request.params
@@ -81,16 +95,11 @@ def _penalise(row: Tensor, seq: Sequence, params: SamplingParams) -> None:
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
 
 
-def _draw(logits: Tensor, seqs: list[Sequence]) -> Tensor:
-    """Gumbel-max over the truncated distribution. logits [R, V] -> int64 [R]."""
-    params = [seq.request.params for seq in seqs]
-    logits = logits / _column([p.temperature for p in params], logits)
-    _mask_min_p(logits, params)
-    _mask_top_k(logits, params)
-    _mask_top_p(logits, params)
-    keys = [row_key(p.seed, seq.request.choice, seq.num_output_tokens) for p, seq in zip(params, seqs, strict=True)]
-    token_ids = torch.arange(logits.shape[1], device=logits.device)
-    return (logits + gumbel_noise(keys, token_ids)).argmax(-1)
+def _argmax(logits: Tensor) -> Tensor:
+    """The first largest of each row [R, V] -> int64 [R]. numpy's is ten times as fast as torch's on a CPU."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def _mask_min_p(logits: Tensor, params: list[SamplingParams]) -> None:
@@ -112,13 +121,25 @@ def _mask_top_k(logits: Tensor, params: list[SamplingParams]) -> None:
 
 
 def _mask_top_p(logits: Tensor, params: list[SamplingParams]) -> None:
-    """Keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020)."""
-    for i, p in enumerate(params):
-        if p.top_p < 1.0:
-            values, order = logits[i].sort(descending=True, stable=True)
-            probabilities = values.softmax(-1)
-            before = probabilities.cumsum(-1) - probabilities
-            logits[i, order[before >= p.top_p]] = -torch.inf
+    """Keep the smallest set of most likely tokens whose probability reaches top_p (Holtzman et al. 2020); of equals
+    the first. The set is mostly small: only where the best _PREFIX do not reach top_p the whole row is sorted."""
+    rows = [i for i, p in enumerate(params) if p.top_p < 1.0]
+    if not rows:
+        return
+    index = torch.tensor(rows, device=logits.device)
+    some = logits[index]
+    total = some.logsumexp(-1, keepdim=True)
+    best = some.topk(min(_PREFIX, some.shape[1]), dim=-1).values
+    reached = (best - total).exp().sum(-1).tolist()
+    for row, i in enumerate(rows):
+        top_p = params[i].top_p
+        values = best[row] if reached[row] >= top_p else some[row].sort(descending=True).values
+        probabilities = (values - total[row]).exp()
+        count = max(1, int((probabilities.cumsum(-1) - probabilities < top_p).sum()))
+        floor = values[count - 1]
+        logits[i].masked_fill_(some[row] < floor, -torch.inf)
+        equals = (some[row] == floor).nonzero().squeeze(1)
+        logits[i, equals[count - int((values[:count] > floor).sum()) :]] = -torch.inf
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:

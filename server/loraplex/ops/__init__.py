@@ -1,8 +1,9 @@
-"""The three operations a LoRA server needs beside the base model, behind one protocol.
+"""The operations a LoRA server needs beside the base model, behind one protocol.
 
     store_kv          k_cache[slot_mapping[t]] = k[t]; same for v
     paged_attention   causal attention of each sequence's new tokens over its blocks
     add_lora          y[s:e] += scale · (x[s:e] @ Aᵀ) @ Bᵀ for each segment (s, e, place, scale)
+    draw              a token of softmax(logits) for each row, as the argmax of logits + Gumbel noise
 
 `torch_ops` is specification and oracle and runs on every device; `numba_ops` is the CPU implementation.
 `select_ops(device)` chooses once and imports lazily.
@@ -11,6 +12,7 @@ Row invariance: what an op gives for a token is bit-equal whatever else is in th
 order fixed by the token's own data alone (its context length, the rank, the feature count).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,6 +124,11 @@ class Ops(Protocol):
 
     def add_lora(self, y: Tensor, x: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
         """expand(y, shrink(x)): y[s:e] += scale · (x[s:e] @ Aᵀ) @ Bᵀ for every segment, in place."""
+        ...
+
+    def draw(self, logits: Tensor, keys: Sequence[int]) -> Tensor:
+        """int64 [R]: argmax over v of logits[r, v] + noise of (keys[r], v), see `noise`. logits float32 [R, V]; -inf is
+        never drawn. Of equals the first."""
         ...
 
 

@@ -104,7 +104,27 @@ def _tanh(builder: Any, x: Any) -> Any:
     return builder.select(is_small, small, llvm_call(builder, "copysign", large, x))
 
 
+def _log(builder: Any, x: Any) -> Any:
+    """log of a positive normal number, within 2 ulp (Cephes, logf): log(m · 2ᵉ) with m in [√½, √2)."""
+    bits = builder.bitcast(x, BITS)
+    exponent = builder.sub(builder.lshr(bits, constant(BITS, 23)), constant(BITS, 126))
+    mantissa = builder.or_(builder.and_(bits, constant(BITS, 0x7FFFFF)), constant(BITS, 0x3F000000))
+    m = builder.bitcast(mantissa, VECTOR)  # in [½, 1)
+    is_low = builder.fcmp_ordered("<", m, constant(VECTOR, 0.707106781186547524))
+    e = builder.sitofp(builder.sub(exponent, builder.zext(is_low, BITS)), VECTOR)
+    one = constant(VECTOR, 1.0)
+    m = builder.fsub(builder.select(is_low, builder.fadd(m, m), m), one)
+    square = builder.fmul(m, m)
+    series = [7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1]
+    series += [-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1]
+    tail = builder.fmul(builder.fmul(_polynomial(builder, m, series), square), m)
+    tail = llvm_call(builder, "fma", e, constant(VECTOR, -2.12194440e-4), tail)
+    tail = llvm_call(builder, "fma", square, constant(VECTOR, -0.5), tail)
+    return llvm_call(builder, "fma", e, constant(VECTOR, 0.693359375), builder.fadd(m, tail))
+
+
 exp = _lanewise(_exp, 1)
+log = _lanewise(_log, 1)
 tanh = _lanewise(_tanh, 1)
 
 

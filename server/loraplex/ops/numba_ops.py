@@ -11,6 +11,8 @@ while a kernel runs. When the cores are shared with other busy threads, start th
 idle OpenMP threads otherwise spin, here as in torch's own products.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,11 @@ from loraplex.ops import (
     ModulePool,
     numba_attention,
     numba_lora,
+    numba_sampling,
     torch_ops,
 )
 from loraplex.ops.numba_threads import SERIAL_WORK
-from loraplex.ops.numba_types import BFLOAT16, FLOAT32
+from loraplex.ops.numba_types import BFLOAT16, FLOAT32, LANES
 
 ELEMENTS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 UNLIMITED = 1 << 62  # the window of a layer without one
@@ -50,6 +53,7 @@ def warm_up(dtype: torch.dtype) -> None:
     store_kv(k, k, cache, cache, zero.long())
     attn = AttentionMetadata(ends, ends[1:], zero.view(1, 1), zero.long(), 1)
     paged_attention(k, cache, cache, attn, LayerAttention(1.0))
+    draw(torch.zeros(1, 1), [1])
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -191,6 +195,33 @@ def add_lora(y: Tensor, x: Tensor, pool: ModulePool, lora: LoRASegments) -> None
         _module(pool),
         _workers(lora, pool.in_features + pool.out_features),
     )
+
+
+def draw(logits: Tensor, keys: Sequence[int]) -> Tensor:
+    """argmax over v of logits[r, v] + Gumbel noise of (keys[r], v): logits float32 [R, V] -> int64 [R].
+
+    Any row stride. The noise is that of `torch_ops` up to the rounding of its logarithms.
+    """
+    if logits.dtype != torch.float32 or logits.stride(1) != 1:
+        return torch_ops.draw(logits, keys)
+    rows, vocabulary = logits.shape
+    halves = torch.tensor([[key & 0xFFFFFFFF for key in keys], [key >> 32 for key in keys]], dtype=torch.int64)
+    out = torch.empty(rows, dtype=torch.int64)
+    workers = 1 if rows * vocabulary < SERIAL_WORK // 8 else torch.get_num_threads()
+    scratch = torch.empty(workers * 2 * LANES)
+    low, high = halves[0].data_ptr(), halves[1].data_ptr()
+    numba_sampling.draw(
+        logits.data_ptr(),
+        logits.stride(0) * 4,
+        rows,
+        vocabulary,
+        low,
+        high,
+        out.data_ptr(),
+        scratch.data_ptr(),
+        workers,
+    )
+    return out
 
 
 def _strides(tensor: Tensor, size: int) -> tuple[int, ...]:

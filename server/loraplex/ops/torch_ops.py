@@ -4,10 +4,13 @@ Every function is its equation, one sequence or one segment at a time, in float3
 Works on every device and dtype; not row-invariant (a matrix product may sum in another order for another M).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from loraplex.ops import AttentionMetadata, LayerAttention, LoRASegments, ModulePool
+from loraplex.ops.noise import gumbel_noise
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -90,6 +93,12 @@ def expand(y: Tensor, s: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
 def add_lora(y: Tensor, x: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
     """y[s:e] += scale · (x[s:e] @ Aᵀ) @ Bᵀ for every segment, in place: expand of shrink."""
     expand(y, shrink(x, pool, lora), pool, lora)
+
+
+def draw(logits: Tensor, keys: Sequence[int]) -> Tensor:
+    """argmax over v of logits[r, v] + Gumbel noise of (keys[r], v): logits float32 [R, V] -> int64 [R]."""
+    token_ids = torch.arange(logits.shape[1], device=logits.device)
+    return (logits + gumbel_noise(keys, token_ids)).argmax(-1)
 
 
 def _segments(lora: LoRASegments) -> list[tuple[int, int, int, float, int]]:

@@ -5,6 +5,8 @@ a hash of its key, a token is the same in any batch and after any preemption, an
 change it no more often than they change a greedy one.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def row_key(seed: int, choice: int, position: int) -> int:
     return _splitmix64(key ^ position)
 
 
-def gumbel_noise(keys: list[int], token_ids: Tensor) -> Tensor:
+def gumbel_noise(keys: Sequence[int], token_ids: Tensor) -> Tensor:
     """Noise for `token_ids` int64 [V] or [R, V] under R `keys` -> float32 [R, V]."""
     device = token_ids.device
     low = torch.tensor([key & _MASK for key in keys], dtype=torch.int64, device=device).unsqueeze(1)

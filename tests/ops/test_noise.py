@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from loraplex.engine.noise import gumbel_noise, row_key
+from loraplex.ops.noise import gumbel_noise, row_key
 
 IDS = torch.arange(50_000)
 
