@@ -100,7 +100,7 @@ def test_what_no_reader_can_see(folders: Folders, tmp_path: Path):
 def test_alphas_whose_order_counts_are_noted(folders: Folders, tmp_path: Path):
     adapter = folders.copy("plain", tmp_path / "adapter")
     (note,) = folders.check(adapter.set(alpha_pattern={"layers.0.self_attn.q_proj": 3, "q_proj": 5})).plan.notes
-    assert_says(f"{note}. x.", "alpha_pattern", "'layers.0.self_attn.q_proj', 'q_proj'", "sorts")
+    assert all(word in note for word in ("alpha_pattern", "'layers.0.self_attn.q_proj', 'q_proj'", "sorts")), note
     assert not folders.check(adapter.set(alpha_pattern={"layers.0.self_attn.q_proj": 3, "v_proj": 5})).plan.notes
 
 

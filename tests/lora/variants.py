@@ -135,16 +135,18 @@ def as_second_adapter(model: PreTrainedModel, fields: dict[str, Any], folder: Pa
     return made
 
 
-def expert_by_expert(**fields: Any) -> Write:
+def expert_by_expert(is_alone: bool = False, **fields: Any) -> Write:
     """A file of transformers 4, for mixtral: a LoRA on each expert's own linears, under the paths of that time, with
-    `fields` in the config. Answers as a base into which they were added."""
+    `fields` in the config; beside one on q_proj, or `is_alone`. Answers as a base into which they were added."""
     config = peft.LoraConfig(**fields)
     linears = {"w1": (64, 128), "w3": (64, 128), "w2": (128, 64)}
 
     def write(model: PreTrainedModel, others: dict[str, Any], folder: Path) -> nn.Module:
         made = plain(model, {"target_modules": ["q_proj"], **others}, folder)
-        tensors = load_file(folder / WEIGHTS_NAME)
-        for layer, block in enumerate(made.base_model.model.model.layers):
+        tensors = {} if is_alone else load_file(folder / WEIGHTS_NAME)
+        if is_alone:
+            made = made.unload()
+        for layer, block in enumerate(made.get_decoder().layers):
             for expert in range(4):
                 for part, (in_features, out_features) in linears.items():
                     name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}"
@@ -160,7 +162,7 @@ def expert_by_expert(**fields: Any) -> Write:
                             block.mlp.experts.gate_up_proj[expert].view(2, 128, 64)[int(part == "w3")] += delta
         save_file(tensors, folder / WEIGHTS_NAME)
         patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-        set_fields(folder, target_modules=["q_proj", *linears], **patterns)
+        set_fields(folder, target_modules=[*linears] if is_alone else ["q_proj", *linears], **patterns)
         return made
 
     return write
@@ -348,6 +350,7 @@ GOOD = {
     "gpt_oss": [*MOE, *_router("router")],
     "mixtral": [
         Variant("expert by expert", {}, expert_by_expert()),
+        Variant("experts one by one and alone", {}, expert_by_expert(is_alone=True)),
         Variant("with old paths in the patterns", {}, expert_by_expert(rank_pattern={r".*block_sparse_moe.*": 2})),
         Variant("with an old path's alpha", {}, expert_by_expert(alpha_pattern={r"experts\.\d\.w[13]": 24})),
     ],

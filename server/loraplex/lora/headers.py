@@ -23,10 +23,11 @@ from loraplex.errors import AdapterInvalid, PickleRefused
 from loraplex.lora.digest import open_regular
 from loraplex.lora.text import listed, shown
 
-MAX_HEADER_BYTES = 4 << 20
 # Two tensors a module: 126 layers of 405B shapes with 7 modules have 1 764; experts kept one by one reach
 # tens of thousands. Beyond that it is no adapter, and every tensor costs time in every check.
 MAX_TENSORS = 65_536
+# Some 150 bytes a tensor: 48 layers of 128 experts with three linears each have a header of 5.5 MB.
+MAX_HEADER_BYTES = 12 << 20
 MAX_METADATA_BYTES = 64 << 10
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"F32": 4, "F16": 2, "BF16": 2})
 

@@ -77,6 +77,11 @@ def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, Mo
     selected = _selected(config, rules, keys, targets)
     used = {path for module in experts.values() for path in module.paths}
     _check_modules({path: parts for path, parts in keys.lora.items() if path not in used}, selected, targets, config)
+    if not selected and not experts:
+        raise _refused(
+            "The adapter has no effect: adapter_config.json selects no LoRA module of this base. "
+            "Check that the adapter was trained on this base."
+        )
     modules = dict(experts)
     for name in selected:
         shape = targets[name]
@@ -204,11 +209,6 @@ def _check_modules(
             f"adapter_config.json selects {listed(lacking)} (by target_modules, target_parameters or "
             "ensure_weight_tying), and the file has no tensors for that. Send the config and the weights of one "
             "save_pretrained."
-        )
-    if not selected and config.target_modules:
-        raise _refused(
-            "The adapter has no effect: adapter_config.json selects no LoRA module of this base. "
-            "Check that the adapter was trained on this base."
         )
 
 

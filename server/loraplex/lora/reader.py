@@ -99,7 +99,8 @@ class AdapterReader:
             data = _read_file(folder / WEIGHTS_NAME)
             if _digest_of(folder, config_bytes, data) != digest:
                 raise AdapterInvalid("its files no longer have the recorded SHA-256: the disk or someone changed them")
-            header = parse_header(bytes(data[: 8 + MAX_HEADER_BYTES]), len(data))
+            length = min(int.from_bytes(data[:8], "little"), MAX_HEADER_BYTES)
+            header = parse_header(bytes(data[: 8 + length]), len(data))
             adapter_plan = self.plan(PeftConfig.from_bytes(bytes(config_bytes)), header)
             assembly = Assembly(adapter_plan, FileTensors(header, data), self._tensor_of)
             if not assembly.gained:
