@@ -40,6 +40,7 @@ from loraplex.ops.numba_types import (
     load,
     load_lanes,
     poke,
+    prefetch,
     read_float32,
     read_int32,
     read_int64,
@@ -49,6 +50,7 @@ from loraplex.ops.numba_types import (
 
 ROWS = 16  # query rows of one task, unless a single token already has more
 
+LINE = 64  # bytes of a cache line
 ONE = np.float32(1)
 NOTHING = np.float32(-np.inf)
 
@@ -169,8 +171,14 @@ def _attend(
             # A position that no row sees is masked; its address repeats a visible one, which surely holds numbers.
             position = min(max(tile + j, visible), last)
             block, place = read_int32(table, position // block_size), position % block_size
-            poke(keys + 8 * j, k_cache + block * k_strides[0] + place * k_strides[1])
-            poke(values + 8 * j, v_cache + block * v_strides[0] + place * v_strides[1])
+            key = k_cache + block * k_strides[0] + place * k_strides[1]
+            value = v_cache + block * v_strides[0] + place * v_strides[1]
+            poke(keys + 8 * j, key)
+            poke(values + 8 * j, value)
+            for at in range(0, k_size * size_of(element), LINE):
+                prefetch(key + at)
+            for at in range(0, v_size * size_of(element), LINE):
+                prefetch(value + at)
         count = min(KEYS, last + 1 - tile)
         if k_size % LANES == 0:
             dot_rows(element, scratch, k_size, True, rows, keys, count, weight)
