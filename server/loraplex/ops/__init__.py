@@ -13,7 +13,7 @@ order fixed by the token's own data alone (its context length, the rank, the fea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -56,6 +56,7 @@ class LoRASegments:
     scale        float32 [S]   the request's scale, on top of the adapter's own scaling
     offset       int32 [S]     first row of segment i in the shrink's output (= sum of earlier lengths)
     num_rows                   sum of all lengths
+    addresses                  where the tensors lie, noted by kernels that take addresses
     max_rank                   largest rank of any adapter in the segments (width of the shrink's output)
     """
 
@@ -66,6 +67,7 @@ class LoRASegments:
     offset: Tensor
     num_rows: int
     max_rank: int
+    addresses: tuple[int, ...] | None = field(default=None, init=False, repr=False)
 
 
 @dataclass(slots=True)
@@ -79,7 +81,8 @@ class ModulePool:
     offset_b   int64 [P]    Bᵀ is slab[offset_b:][: rank * out_features] as [rank, out_features]
     scaling    float32 [P]  alpha / r or alpha / sqrt(r)
 
-    The tensors are views into tables shared by all modules; only the pool's owner writes them, between steps.
+    The tensors are views into tables shared by all modules; only the pool's owner writes them, between steps, and never
+    puts others in their place: `addresses`, where they lie, is noted by kernels that take addresses.
     """
 
     in_features: int
@@ -90,6 +93,7 @@ class ModulePool:
     offset_a: Tensor
     offset_b: Tensor
     scaling: Tensor
+    addresses: tuple[int, ...] | None = field(default=None, init=False, repr=False)
 
 
 class Ops(Protocol):

@@ -230,26 +230,30 @@ def _strides(tensor: Tensor, size: int) -> tuple[int, ...]:
 
 
 def _segments(lora: LoRASegments) -> tuple[int, ...]:
-    return (
-        lora.start.shape[0],
-        lora.start.data_ptr(),
-        lora.end.data_ptr(),
-        lora.place.data_ptr(),
-        lora.scale.data_ptr(),
-        lora.offset.data_ptr(),
-    )
+    if lora.addresses is None:  # asking 84 modules' tensors where they lie costs more than their kernels at batch 1
+        lora.addresses = (
+            lora.start.shape[0],
+            lora.start.data_ptr(),
+            lora.end.data_ptr(),
+            lora.place.data_ptr(),
+            lora.scale.data_ptr(),
+            lora.offset.data_ptr(),
+        )
+    return lora.addresses
 
 
 def _module(pool: ModulePool) -> tuple[int, ...]:
-    return (
-        pool.in_features,
-        pool.out_features,
-        pool.address.data_ptr(),
-        pool.rank.data_ptr(),
-        pool.offset_a.data_ptr(),
-        pool.offset_b.data_ptr(),
-        pool.scaling.data_ptr(),
-    )
+    if pool.addresses is None:
+        pool.addresses = (
+            pool.in_features,
+            pool.out_features,
+            pool.address.data_ptr(),
+            pool.rank.data_ptr(),
+            pool.offset_a.data_ptr(),
+            pool.offset_b.data_ptr(),
+            pool.scaling.data_ptr(),
+        )
+    return pool.addresses
 
 
 def _workers(lora: LoRASegments, features: int) -> int:
