@@ -177,7 +177,8 @@ def prepare_process(cache_dir: Path | None = None) -> None:
     """Set what torch and numba read when they are imported; call before either is.
 
     OpenMP's threads sleep between parallel regions instead of spinning: on a busy machine a spinning pool made a
-    region of 1.5 ms take 16 ms. torch asks for huge pages: one core then reads weights a quarter faster. numba's compiled kernels are kept where they can be written.
+    region of 1.5 ms take 16 ms. torch asks for huge pages: one core then reads weights a quarter faster. numba's
+    compiled kernels are kept where they can be written.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
