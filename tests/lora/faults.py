@@ -42,6 +42,7 @@ GOOD = {
         "qwen2-tied",
         {"target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     ),
+    "saved head": ("qwen2-tied", {"target_modules": QV, "modules_to_save": ["lm_head"]}),
     "experts": ("qwen3_moe", {"target_modules": ["o_proj"], "target_parameters": EXPERTS}),
     "old experts": ("mixtral", {}),
 }
@@ -275,6 +276,18 @@ FAULTS: dict[str, tuple[str, Change, tuple[str, ...]]] = {
         alter(f"{PREFIX}lm_head.weight", lambda t: t + 1),
         ("lm_head", "embed_tokens", "the same in training"),
     ),
+    "a tied embedding missing": ("tied", drop("embed_tokens", "lora_"), ("model.embed_tokens", "ensure_weight_tying")),
+    "a head alone that should be tied": (
+        "saved head",
+        setting(ensure_weight_tying=True),
+        ("model.embed_tokens", "ensure_weight_tying", "lacks its weight"),
+    ),
+    "a module named by both": (
+        "plain",
+        setting(target_parameters=["q_proj.weight"]),
+        ("q_proj", "target_parameters and target_modules", "PEFT refuses that too"),
+    ),
+    "a dot that excludes everything": ("plain", setting(modules_to_save=["."]), ("q_proj", "does not select")),
     # experts
     "experts without B": ("experts", drop(f"{EXPERTS0}.lora_B"), ("layers.0.mlp.experts.down_proj", "lora_B")),
     "a layer's experts missing": ("experts", drop("layers.1.mlp.experts"), ("layers.1.mlp.experts", "no lora_A")),

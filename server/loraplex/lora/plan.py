@@ -139,11 +139,15 @@ def _selected(config: PeftConfig, rules: ModuleRules, keys: FileKeys, targets: M
     selected = [
         name for name, shape in targets.items() if shape.kind != "experts" and _selects(config, rules, keys, shape)
     ]
-    if config.ensure_weight_tying and any(targets[name].kind == "embedding" for name in selected):
-        # PEFT then puts a LoRA, transposed, on the head that shares the embedding's weight, and writes it out
-        heads = [name for name, shape in targets.items() if shape.is_tied and name not in selected]
-        selected += [name for name in heads if rules.ties_lora or name in keys.lora]
-    return selected
+    heads = [name for name, shape in targets.items() if shape.is_tied]
+    embeddings = [name for name, shape in targets.items() if shape.kind == "embedding"]
+    tied: list[str] = []
+    if heads and rules.ties_lora:
+        # PEFT puts a LoRA on the embedding and, transposed, on the head that shares its weight, whichever is named
+        tied = embeddings + heads
+    elif config.ensure_weight_tying and set(embeddings) <= set(selected):
+        tied = [name for name in heads if name in keys.lora]
+    return selected + [name for name in tied if name not in selected]
 
 
 def _selects(config: PeftConfig, rules: ModuleRules, keys: FileKeys, shape: ModuleShape) -> bool:
@@ -154,6 +158,11 @@ def _selects(config: PeftConfig, rules: ModuleRules, keys: FileKeys, shape: Modu
             raise _refused(
                 f"target_parameters names the weight of {shown(shape.name, 160)}, where that is not served. Use "
                 "target_modules for it."
+            )
+        if shape.kind != "leaf" and rules.selects(shape.name):
+            raise _refused(
+                f"target_parameters and target_modules both name {shown(shape.name, 160)}; PEFT refuses that too. Name "
+                "it in one of them."
             )
         return True
     if shape.kind == "leaf":

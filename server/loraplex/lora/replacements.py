@@ -5,6 +5,7 @@ trainable_token_indices   rows of the input embedding; of the head, too, where i
 bias                      "all": every bias; "lora_only": those of the modules with a LoRA
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -56,14 +57,17 @@ class Replacements:
 
     def _save_modules(self) -> set[str]:
         saved = {name for name, shape in self._targets.items() if self._rules.saves(name)}
-        embedding = next((name for name in saved if self._targets[name].kind == "embedding"), None)
-        if self._config.ensure_weight_tying and embedding is not None:
-            # PEFT then saves the head that shares the embedding's weight as well
-            tied = {name for name, shape in self._targets.items() if shape.is_tied}
-            saved |= tied if self._rules.ties_saved else {name for name in tied if f"{name}.weight" in self._plain}
-            if self._rules.ties_saved:
-                pairs = [[self._plain.get(f"{name}.weight") for name in (embedding, head)] for head in tied]
-                self.twins += [(own, other) for own, other in pairs if own is not None and other is not None]
+        heads = {name for name, shape in self._targets.items() if shape.is_tied}
+        embeddings = {name for name, shape in self._targets.items() if shape.kind == "embedding"}
+        if heads and self._rules.ties_saved:
+            # PEFT saves both the embedding and the head that shares its weight, whichever is named
+            saved |= heads | embeddings
+            keys = [
+                key for name in sorted(heads | embeddings) if (key := self._plain.get(f"{name}.weight")) is not None
+            ]
+            self.twins += itertools.pairwise(keys)
+        elif self._config.ensure_weight_tying and embeddings <= saved:
+            saved |= {name for name in heads if f"{name}.weight" in self._plain}
         for name in self._targets:  # in the base's order
             if name not in saved:
                 continue

@@ -35,6 +35,8 @@ class ModuleRules:
         self._ranks = PatternTable(config.rank_pattern, "rank_pattern", self._clock)
         self._alphas = PatternTable(config.alpha_pattern, "alpha_pattern", self._clock)
         self._saved = config.modules_to_save
+        # PEFT reads these names as expressions there; their signs are letters, digits, "_" and ".", which is any sign
+        self._inside_saved = re.compile(rf"(^|.*\.)({'|'.join(self._saved)})($|\..*)") if self._saved else None
         self._parameters = frozenset(config.target_parameters)
         self._layers = frozenset(config.layers_to_transform or ())
         if len(config.layers_pattern) > MAX_EXPRESSIONS:
@@ -50,7 +52,7 @@ class ModuleRules:
 
     def selects(self, name: str) -> bool:
         """Whether the config puts a LoRA on the module `name`."""
-        if self._excluded.matches(name) or any(f".{saved}." in f".{name}." for saved in self._saved):
+        if self._excluded.matches(name) or (self._inside_saved is not None and self._inside_saved.match(name)):
             return False
         if self._config.target_modules == "all-linear":
             return name.rpartition(".")[2] not in _OUTPUT_EMBEDDINGS
