@@ -41,6 +41,7 @@ class ModuleShape:
     parts         of experts: the linears that older checkpoints keep for each expert, one after the other along the
                   outputs
     aliases       other paths that the module (of experts: the parameter) had in older checkpoints
+    group         of a linear: the first of those that read the same input one after the other, itself among them
     token_axes    of a leaf: where the tokens lie in its argument and in its results
     """
 
@@ -56,6 +57,7 @@ class ModuleShape:
     parts: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     token_axes: tuple[int, int] = (0, 0)
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.weights import Extra
 from loraplex.model.dense import multiply
+from loraplex.model.groups import GroupProduct
 from loraplex.model.linear import Product, make_product
 from loraplex.model.step_context import Span, StepContext, StepLoRA
 from loraplex.ops import ModulePool, Ops
@@ -21,14 +22,16 @@ Extras = Sequence[Extra | None]
 
 
 class BaseLinear(nn.Module):
-    """The base's part of a Linear or Conv1D: its product, chosen at load."""
+    """The base's part of a Linear or Conv1D: its product, chosen at load, or its part of a group's: (the group's
+    product, the module's index in it)."""
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: nn.Module, group: tuple[GroupProduct, int] | None = None):
         super().__init__()
         self.base = base
         weight, bias = weight_and_bias(base)
         self.out_features, self.in_features = weight.shape
-        self.product: Product = make_product(weight, bias)
+        self._group = group
+        self.product: Product = make_product(weight, bias) if group is None else group[0].product
 
     @property
     def weight(self) -> Tensor:
@@ -39,15 +42,29 @@ class BaseLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x.reshape(-1, self.in_features))
-        return y.view(*x.shape[:-1], self.out_features)
+        return self._multiply(x, x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, x: Tensor, rows: Tensor) -> Tensor:
+        """rows·Wᵀ + b, to be written to; `rows` are x's."""
+        if self._group is None:
+            return self.product(rows)
+        product, index = self._group
+        return product.output(index, x, rows)
 
 
 class LoRALinear(BaseLinear):
     """A Linear or Conv1D that adds the adapters of the step. x [..., in_features] -> [..., out_features]."""
 
-    def __init__(self, base: nn.Module, pool: ModulePool, extras: Extras, context: StepContext, ops: Ops):
-        super().__init__(base)
+    def __init__(
+        self,
+        base: nn.Module,
+        pool: ModulePool,
+        extras: Extras,
+        context: StepContext,
+        ops: Ops,
+        group: tuple[GroupProduct, int] | None = None,
+    ):
+        super().__init__(base, group)
         self._pool = pool
         self._extras = extras
         self._context = context
@@ -59,7 +76,7 @@ class LoRALinear(BaseLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = self.product(rows)
+        y = self._multiply(x, rows)
         step = self._step
         if step is not None:
             for span, extra in extras_in(step, self._extras):

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.experts import LoRAExperts, expert_parameters
+from loraplex.model.groups import GroupProduct, find_groups
 from loraplex.model.leaves import ReplaceableLeaf, find_leaves
+from loraplex.model.linear import is_packed
 from loraplex.model.lora_layers import (
     BaseLinear,
     Extras,
@@ -31,6 +34,8 @@ _PLAIN_PATTERN = re.compile(r"[A-Za-z0-9_.]+")
 def find_targets(model: nn.Module) -> dict[str, ModuleShape]:
     """Every module of a causal language model that an adapter can change, by name. Runs the model over a few tokens."""
     targets = linear_targets(model)
+    for names in find_groups(model, [name for name, shape in targets.items() if shape.kind == "linear"]):
+        targets |= {name: replace(targets[name], group=names[0]) for name in names}
     history = _History(model)
     for name, module in model.named_modules():
         for parameter in expert_parameters(module):
@@ -82,6 +87,7 @@ def wrap_modules(
     ops: Ops,
 ) -> None:
     """Replace every target by its layer, in place; all linears are targets."""
+    groups = _group_products(model, targets)
     for name, shape in targets.items():
         path = name.rpartition(".")[0] if shape.kind == "experts" else name
         module = model.get_submodule(path)
@@ -99,9 +105,24 @@ def wrap_modules(
             case "head":
                 layer = LoRAHead(module, pools[name], extras[name], context, ops)
             case "linear":
-                layer = LoRALinear(module, pools[name], extras[name], context, ops)
+                layer = LoRALinear(module, pools[name], extras[name], context, ops, groups.get(name))
         parent_name, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(parent_name), attribute, layer)
+
+
+def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dict[str, tuple[GroupProduct, int]]:
+    """The group and the index in it of every linear that has one. Only where products are on packed copies: elsewhere
+    a group would need a copy of its weights for nothing."""
+    groups: dict[str, list[str]] = {}
+    for name, shape in targets.items():
+        if shape.group and is_packed(weight_and_bias(model.get_submodule(name))[0]):
+            groups.setdefault(shape.group, []).append(name)
+    found: dict[str, tuple[GroupProduct, int]] = {}
+    for names in groups.values():
+        weights, biases = zip(*(weight_and_bias(model.get_submodule(name)) for name in names), strict=True)
+        product = GroupProduct(weights, biases)
+        found |= {name: (product, index) for index, name in enumerate(names)}
+    return found
 
 
 def base_of(module: nn.Module) -> nn.Module:
