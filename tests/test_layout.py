@@ -137,3 +137,9 @@ def test_the_confined_programs_start_light():
         "heavy = {'torch', 'transformers', 'pydantic', 'fastapi', 'sqlalchemy', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports them by name alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
