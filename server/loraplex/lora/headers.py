@@ -95,8 +95,9 @@ def parse_header(start: bytes, file_size: int) -> SafetensorsHeader:
     Raises AdapterInvalid, and PickleRefused for what looks like a pickle.
     """
     length = int.from_bytes(start[:8], "little")
-    if len(start) < 8 or length > MAX_HEADER_BYTES:
+    if start[8:9] != b"{":  # a header's length may begin as a pickle does
         _refuse_other_formats(start)
+    if len(start) < 8 or length > MAX_HEADER_BYTES:
         raise _invalid(
             f"its header would have {length} bytes, and the limit is {MAX_HEADER_BYTES}"
             if len(start) >= 8
