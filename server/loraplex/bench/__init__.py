@@ -1,1 +1,1 @@
-"""In-process benchmarks and load generators (`loraplex bench`)."""
+"""Measurements (`loraplex bench`): steps in process, load over HTTP, and the bars of both."""

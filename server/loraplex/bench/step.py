@@ -1,175 +1,304 @@
-"""StepBench: how long a decode step takes, with and without adapters, on a random Llama of 124.7 M parameters.
+"""StepBench: how long a step takes, with and without adapters, on a random Llama of 124.7 M parameters.
 
 All variants of a batch size take turns within each round, so a slow moment of the machine hits all of them; a figure
-is the median over the rounds. Imports without fastapi, pydantic, SQLAlchemy and cachetools: it runs on a bare GPU
-machine, too.
+is the median over the rounds. Sequences of different variants stand in the same KV blocks: what the cache holds does
+not matter to the time. Imports without fastapi, pydantic, SQLAlchemy, httpx2, rich and cachetools: it runs on a bare
+GPU machine, too.
 """
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
+from loraplex.bench.lora_calls import CountedOps
+from loraplex.bench.machine import MachineLimits, measure_limits
+from loraplex.bench.random_model import random_adapter, random_llama
+from loraplex.bench.roofline import ModelCost, StepCost
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.messages import AdapterUse, EngineRequest
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence
-from loraplex.lora.weights import LoRAPair, LoRAWeights, ModuleShape, pack
+from loraplex.lora.weights import LoRAWeights
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
 from loraplex.model.loader import measure_geometry, wrap_model
+from loraplex.ops import select_ops
 
-BATCHES = (1, 8, 32)
-ADAPTERS = (0, 1, 8, 32)
 BLOCK_SIZE = 16
+BAR_RANK = 16
+WARM_UP_ROUNDS = 2
+_DISTINCT_PROMPTS = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepSettings:
+    """batches, adapters   every pair of them with adapters <= batch is a variant; 0 adapters: the base alone
+    ranks                  every variant with adapters runs once for each; the ratios are of rank 16, or the first
+    context                tokens behind each sequence of a decode step
+    prefill                tokens of a prefill step, 0: none is measured
+    shape                  changes to the model's config
+    """
+
     rounds: int = 12
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    adapters: tuple[int, ...] = (0, 1, 8, 32, 64)
+    ranks: tuple[int, ...] = (BAR_RANK,)
     context: int = 64
+    prefill: int = 512
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 1
-    rank: int = 16
+    shape: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bar_rank(self) -> int:
+        return BAR_RANK if BAR_RANK in self.ranks else self.ranks[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """`batch` sequences dealt out to `adapters` distinct ones of `rank`; 0 and 0: the base alone."""
+
+    batch: int
+    adapters: int
+    rank: int
+
+
+@dataclass(slots=True)
+class Timing:
+    """Seconds of every round; calls into LoRA's ops in one step."""
+
+    entries: list[ScheduledSequence]
+    seconds: list[float]
+    lora_ops: int = 0
 
 
 class StepBench:
-    def __init__(self, settings: StepSettings):
+    def __init__(self, settings: StepSettings, limits: MachineLimits | None = None):
+        """`limits` None: measured here, which takes a few seconds."""
         self._settings = settings
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
-        set_threads(settings.threads, device)
-        self._base = wrap_model(_random_llama(dtype), device)
+        threads = set_threads(settings.threads, device)
+        self.limits = limits or measure_limits(device, threads, _dtypes(dtype))
+        self._base = wrap_model(random_llama(dtype, **settings.shape), device)
         geometry = measure_geometry(self._base.model)
-        blocks_each = (settings.context + settings.rounds * 8) // BLOCK_SIZE + 2
+        self._cost = ModelCost.of(self._base.model, self._base.targets, geometry, dtype)
+        self._blocks_each = -(-(settings.context + settings.rounds + WARM_UP_ROUNDS + 1) // BLOCK_SIZE)
+        largest = max(settings.batches)
+        places = max(1, max(settings.adapters) * len(settings.ranks))
+        tokens = max(512, settings.prefill, largest)
         self._config = EngineConfig(
-            max_num_seqs=max(BATCHES),
-            max_num_batched_tokens=512,
-            max_model_len=blocks_each * BLOCK_SIZE,
+            max_num_seqs=max(largest, _DISTINCT_PROMPTS),
+            max_num_batched_tokens=tokens,
+            max_model_len=max(self._blocks_each * BLOCK_SIZE, settings.prefill),
             block_size=BLOCK_SIZE,
-            num_blocks=blocks_each * max(BATCHES),
-            max_loras=max(ADAPTERS),
+            num_blocks=max(self._blocks_each * largest, tokens // BLOCK_SIZE + _DISTINCT_PROMPTS),
+            max_loras=places,
         )
-        self._blocks_each = blocks_each
-        self._runner = ModelRunner(self._base, geometry, self._config)
+        self._ops = CountedOps(select_ops(device))
+        self._runner = ModelRunner(self._base, geometry, self._config, self._ops)  # type: ignore[arg-type]
         warm_up = getattr(self._runner.ops, "warm_up", None)
         if warm_up is not None:
             warm_up(dtype)
-        self._weights = [
-            _random_adapter(self._base.targets, settings.rank, seed, dtype) for seed in range(max(ADAPTERS))
+        shapes = list(self._base.targets.values())
+        seeds = range(max(settings.adapters))
+        self._weights: list[LoRAWeights] = [
+            random_adapter(shapes, rank, seed, dtype) for rank in settings.ranks for seed in seeds
         ]
         for place, weights in enumerate(self._weights):
             self._runner.pool.load(place, weights)
 
-    def run(self, on_round: Callable[[], object] = lambda: None) -> dict:
-        """{"rows": [...], "ratios": {...}}; see `loraplex bench step --json`."""
-        seconds: dict[tuple[int, int], list[float]] = {}
-        for batch in BATCHES:
-            variants = [count for count in ADAPTERS if count <= batch]
-            batches = {count: self._make_batch(batch, count) for count in variants}
-            for _ in range(2):
-                for scheduled in batches.values():
-                    self._timed_step(scheduled)
-            for _ in range(self._settings.rounds):
-                for count, scheduled in batches.items():
-                    seconds.setdefault((batch, count), []).append(self._timed_step(scheduled))
-                on_round()
-        rows = [
-            {
-                "batch": batch,
-                "adapters": count,
-                "step_ms": 1e3 * statistics.median(times),
-                "step_ms_min": 1e3 * min(times),
-                "tokens_per_second": batch / statistics.median(times),
-            }
-            for (batch, count), times in seconds.items()
-        ]
-        rate = {(row["batch"], row["adapters"]): row["tokens_per_second"] for row in rows}
+    @property
+    def num_rounds(self) -> int:
+        """How often `run` calls `on_round`."""
+        return self._settings.rounds * (len(self._settings.batches) + bool(self._settings.prefill))
+
+    def run(self, on_round: Callable[[], object] = lambda: None) -> dict[str, Any]:
+        """Measure. The result is what `loraplex bench step --json` prints: shape, machine, rows, prefill, base, ratios.
+
+        A row's `limit_ms` is the roofline's time, `share_of_bandwidth` and `share_of_flops` what the step reaches of
+        the machine's measured limits; the larger of the two is what bounds it.
+        """
+        settings = self._settings
+        timings: dict[Variant, Timing] = {}
+        for batch in settings.batches:
+            variants = {variant: Timing(self._make_batch(variant), []) for variant in self._variants(batch)}
+            self._take_turns(variants, on_round, advance=True)
+            timings |= variants
+        prompts = {variant: Timing(self._make_prompts(variant), []) for variant in self._prompt_variants()}
+        self._take_turns(prompts, on_round, advance=False)
+        rows = [self._decode_row(variant, timing) for variant, timing in timings.items()]
+        prefill = [self._prefill_row(variant, timing) for variant, timing in prompts.items()]
+        rate = {(row["batch"], row["adapters"], row["rank"]): row["tokens_per_second"] for row in rows}
+        for row in rows:
+            base = rate.get((row["batch"], 0, 0))
+            row["ratio_to_base"] = None if base is None else row["tokens_per_second"] / base
         return {
             "shape": f"llama {self._base.num_parameters / 1e6:.1f} M, {self._base.dtype}, {self._base.device}, "
-            f"{self._settings.threads} threads, rank {self._settings.rank}, context {self._settings.context}",
+            f"{settings.threads} threads, rank {', '.join(map(str, settings.ranks))}, context {settings.context}",
+            "machine": self.limits.to_json(),
             "rows": rows,
-            "base": {str(batch): rate[batch, 0] for batch in BATCHES},
-            "ratios": {
-                "distinct_32_of_32": rate[32, 32] / rate[32, 0],
-                "distinct_8_of_8": rate[8, 8] / rate[8, 0],
-                "single_batch_1": rate[1, 1] / rate[1, 0],
-                "single_batch_8": rate[8, 1] / rate[8, 0],
-                "single_batch_32": rate[32, 1] / rate[32, 0],
-            },
+            "prefill": prefill,
+            "base": {str(batch): rate[batch, 0, 0] for batch in settings.batches if (batch, 0, 0) in rate},
+            "ratios_rank": settings.bar_rank,
+            "ratios": self._ratios(rows, prefill),
         }
 
-    def _make_batch(self, batch: int, num_adapters: int) -> list[ScheduledSequence]:
-        """`batch` sequences with their context in the cache, adapters dealt out in runs as the scheduler would."""
-        places = sorted(i % num_adapters for i in range(batch)) if num_adapters else [-1] * batch
-        generator = torch.Generator().manual_seed(batch)
+    # -- variants ---------------------------------------------------------------------------------------------
+
+    def _variants(self, batch: int) -> list[Variant]:
+        settings = self._settings
+        base = [Variant(batch, 0, 0)] if 0 in settings.adapters else []
+        counts = [count for count in settings.adapters if 0 < count <= batch]
+        return base + [Variant(batch, count, rank) for rank in settings.ranks for count in counts]
+
+    def _prompt_variants(self) -> list[Variant]:
+        """One prompt and eight shorter ones: the base, and as many adapters as prompts."""
+        settings, rank = self._settings, self._settings.bar_rank
+        if not settings.prefill:
+            return []
+        variants = []
+        for count in (1, _DISTINCT_PROMPTS):
+            if settings.prefill // count:
+                variants += [Variant(count, 0, 0)] if 0 in settings.adapters else []
+                variants += [Variant(count, count, rank)] if count <= max(settings.adapters) else []
+        return variants
+
+    def _places(self, variant: Variant) -> list[int]:
+        """The pool place of each sequence's adapter, in runs as the scheduler orders them; -1: none."""
+        if not variant.adapters:
+            return [-1] * variant.batch
+        first = self._settings.ranks.index(variant.rank) * max(self._settings.adapters)
+        return sorted(first + i % variant.adapters for i in range(variant.batch))
+
+    def _make_batch(self, variant: Variant) -> list[ScheduledSequence]:
+        """Sequences with their context in the cache."""
         entries = []
-        for index, place in enumerate(places):
-            weights = self._weights[place]
-            composition = () if place < 0 else (AdapterUse(weights.digest, weights.nbytes),)
-            ids = torch.randint(self._base.vocab_size, (self._settings.context,), generator=generator).tolist()
-            params = SamplingParams(temperature=0.0, max_tokens=1 << 20)
-            seq = Sequence(
-                EngineRequest(seq_id=str(index), token_ids=tuple(ids), params=params, composition=composition), index
-            )
+        for index, place in enumerate(self._places(variant)):
+            seq = self._sequence(index, place, self._settings.context)
             seq.block_table = list(range(index * self._blocks_each, (index + 1) * self._blocks_each))
             entries.append(ScheduledSequence(seq, 1, () if place < 0 else (place,)))
-        self._prefill(entries)
-        return entries
-
-    def _prefill(self, entries: list[ScheduledSequence]) -> None:
         for entry in entries:
             while entry.seq.num_new_tokens > 1:
                 count = min(entry.seq.num_new_tokens - 1, self._config.max_num_batched_tokens)
                 chunk = ScheduledSequence(entry.seq, count, entry.places)
                 self._runner.execute(ScheduledBatch(0, (chunk,), ()))
                 entry.seq.num_computed_tokens += count
+        return entries
 
-    def _timed_step(self, entries: list[ScheduledSequence]) -> float:
-        """Seconds of one decode step, the sampled tokens on the host included."""
+    def _make_prompts(self, variant: Variant) -> list[ScheduledSequence]:
+        """Whole prompts that share the tokens of one prefill step."""
+        length = self._settings.prefill // variant.batch
+        blocks = -(-length // BLOCK_SIZE)
+        entries = []
+        for index, place in enumerate(self._places(variant)):
+            seq = self._sequence(index, place, length)
+            seq.block_table = list(range(index * blocks, (index + 1) * blocks))
+            entries.append(ScheduledSequence(seq, length, () if place < 0 else (place,)))
+        return entries
+
+    def _sequence(self, index: int, place: int, length: int) -> Sequence:
+        composition = ()
+        if place >= 0:
+            composition = (AdapterUse(self._weights[place].digest, self._weights[place].nbytes),)
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(self._base.vocab_size, (length,), generator=generator).tolist()
+        params = SamplingParams(temperature=0.0, max_tokens=1 << 20)
+        return Sequence(
+            EngineRequest(seq_id=str(index), token_ids=tuple(ids), params=params, composition=composition), index
+        )
+
+    # -- time -------------------------------------------------------------------------------------------------
+
+    def _take_turns(self, timings: dict[Variant, Timing], on_round: Callable[[], object], *, advance: bool) -> None:
+        if not timings:
+            return
+        for round_index in range(WARM_UP_ROUNDS + self._settings.rounds):
+            for timing in timings.values():
+                calls = self._ops.calls
+                seconds = self._timed_step(timing.entries, advance=advance)
+                timing.lora_ops = self._ops.calls - calls
+                if round_index >= WARM_UP_ROUNDS:
+                    timing.seconds.append(seconds)
+            if round_index >= WARM_UP_ROUNDS:
+                on_round()
+
+    def _timed_step(self, entries: list[ScheduledSequence], *, advance: bool = True) -> float:
+        """Seconds of one step, the sampled tokens on the host included. `advance`: they join their sequences."""
         batch = ScheduledBatch(0, tuple(entries), ())
         started = time.perf_counter()
         results = self._runner.execute(batch)
         seconds = time.perf_counter() - started
         for entry, result in zip(entries, results, strict=True):
             assert result.token_id is not None
-            entry.seq.token_ids.append(result.token_id)
-            entry.seq.num_computed_tokens += 1
+            if advance:
+                entry.seq.token_ids.append(result.token_id)
+                entry.seq.num_computed_tokens += entry.num_new_tokens
         return seconds
 
+    # -- figures ----------------------------------------------------------------------------------------------
 
-def _random_llama(dtype: torch.dtype):
-    """124.7 M parameters: the shape of DESIGN's CPU bars."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.03,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    def _decode_row(self, variant: Variant, timing: Timing) -> dict[str, Any]:
+        context = self._settings.context + WARM_UP_ROUNDS + self._settings.rounds / 2
+        cost = self._cost.decode(variant.batch, context, variant.adapters, self._cost.adapter_numel(variant.rank))
+        return self._row(variant, timing, cost, variant.batch)
+
+    def _prefill_row(self, variant: Variant, timing: Timing) -> dict[str, Any]:
+        length = self._settings.prefill // variant.batch
+        cost = self._cost.prefill(variant.batch, length, variant.adapters, self._cost.adapter_numel(variant.rank))
+        return self._row(variant, timing, cost, variant.batch * length) | {"tokens": variant.batch * length}
+
+    def _row(self, variant: Variant, timing: Timing, cost: StepCost, tokens: int) -> dict[str, Any]:
+        seconds = statistics.median(timing.seconds)
+        bandwidth, flop_rate = self.limits.bandwidth, self.limits.flops[_name(self._base.dtype)]
+        limit = cost.seconds(bandwidth, flop_rate)
+        return {
+            "batch": variant.batch,
+            "adapters": variant.adapters,
+            "rank": variant.rank,
+            "step_ms": 1e3 * seconds,
+            "step_ms_min": 1e3 * min(timing.seconds),
+            "tokens_per_second": tokens / seconds,
+            "bytes": cost.nbytes,
+            "flops": cost.flops,
+            "limit_ms": 1e3 * limit,
+            "share_of_bandwidth": cost.nbytes / bandwidth / seconds,
+            "share_of_flops": cost.flops / flop_rate / seconds,
+            "share_of_limit": limit / seconds,
+            "lora_ops": timing.lora_ops,
+        }
+
+    def _ratios(self, rows: list[dict[str, Any]], prefill: list[dict[str, Any]]) -> dict[str, float]:
+        """Those whose variants were measured, at the bar's rank."""
+        rank = self._settings.bar_rank
+        found = {(row["batch"], row["adapters"]): row for row in rows if row["rank"] in (0, rank)}
+        ratios = {}
+        for batch in self._settings.batches:
+            for name, count in ((f"distinct_{batch}_of_{batch}", batch), (f"single_batch_{batch}", 1)):
+                is_single = name.startswith("single") or batch > 1
+                if is_single and (batch, count) in found and (batch, 0) in found:
+                    ratios[name] = found[batch, count]["ratio_to_base"]
+        if (1, 0) in found:
+            ratios["base_share_of_bandwidth_batch_1"] = found[1, 0]["share_of_bandwidth"]
+        base_rows = [row for row in rows + prefill if not row["adapters"]]
+        if base_rows:
+            ratios["lora_ops_in_base_only_step"] = max(row["lora_ops"] for row in base_rows)
+        rate = {(row["batch"], row["adapters"]): row["tokens_per_second"] for row in prefill}
+        for count in (1, _DISTINCT_PROMPTS):
+            if (count, 0) in rate and (count, count) in rate:
+                ratios[f"prefill_{count}_of_{count}"] = rate[count, count] / rate[count, 0]
+        return ratios
 
 
-def _random_adapter(targets: dict[str, ModuleShape], rank: int, seed: int, dtype: torch.dtype) -> LoRAWeights:
-    generator = torch.Generator().manual_seed(seed)
-    pairs = [
-        LoRAPair(
-            shape,
-            torch.randn(rank, shape.in_features, generator=generator) * 0.02,
-            torch.randn(shape.out_features, rank, generator=generator) * 0.04,
-            2.0,
-        )
-        for shape in targets.values()
-        if shape.kind == "linear"
-    ]
-    return pack(f"{seed:064x}", pairs, dtype)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    return tuple(dict.fromkeys((dtype, torch.bfloat16, torch.float32)))

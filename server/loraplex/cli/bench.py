@@ -1,56 +1,262 @@
-"""`loraplex bench`: measurements. `step` runs in process."""
+"""`loraplex bench`: measurements. `step` runs in process, `serve` asks a server over HTTP, `bars` does all of it."""
 
+import asyncio
 import json
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from loraplex.config import prepare_process
+from loraplex.config import ClientSettings, prepare_process
+from loraplex.errors import InvalidRequest
 
-app = typer.Typer(no_args_is_help=True, help="Measure this machine and this server.")
+if TYPE_CHECKING:
+    from loraplex.bench.load import Outcome
+
+app = typer.Typer(no_args_is_help=True, help="Measure this machine and a server.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+INTERRUPTED = 130
 
 
 @app.callback()
 def bench() -> None:
-    """Measure this machine and this server."""
+    """Measure this machine and a server."""
 
 
 @app.command("step")
 def step(
     rounds: Annotated[int, typer.Option(help="Timed rounds; every variant takes its turn in each.", min=1)] = 12,
-    context: Annotated[int, typer.Option(help="Tokens each sequence has behind it.", min=1, max=960)] = 64,
+    batches: Annotated[str, typer.Option(help="Sequences in a step.")] = "1,8,32,64",
+    adapters: Annotated[str, typer.Option(help="Distinct adapters in a step; 0: base only.")] = "0,1,8,32,64",
+    ranks: Annotated[str, typer.Option("--ranks", "--rank", help="Ranks of the adapters.")] = "16",
+    context: Annotated[int, typer.Option(help="Tokens each sequence has behind it.", min=1, max=1024)] = 64,
+    prefill: Annotated[int, typer.Option(help="Tokens of a prefill step; 0: none.", min=0, max=1024)] = 512,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Compute threads.", min=1)] = 1,
-    rank: Annotated[int, typer.Option(min=1, max=256)] = 16,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
-    """Decode steps of a Llama of 124.7 M parameters: base only and with 1, 8 and 32 adapters, side by side."""
+    """Steps of a Llama of 124.7 M parameters, base only and with adapters, side by side, as shares of this machine's
+    memory bandwidth and arithmetic, which are measured first."""
+    if "merged" in adapters:
+        raise InvalidRequest("Merged adapters are not measured: merging is not implemented yet.", param="adapters")
     prepare_process()
     from loraplex.bench.step import StepBench, StepSettings
+    from loraplex.bench.tables import machine_text, step_tables
 
-    settings = StepSettings(rounds=rounds, context=context, dtype=dtype, device=device, threads=threads, rank=rank)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("rounds", total=rounds * 3)
-        result = StepBench(settings).run(lambda: progress.advance(bar))
+    settings = StepSettings(
+        rounds=rounds,
+        batches=_numbers("batches", batches, 1),
+        adapters=_numbers("adapters", adapters, 0),
+        ranks=_numbers("ranks", ranks, 1),
+        context=context,
+        prefill=prefill,
+        dtype=dtype,
+        device=device,
+        threads=threads,
+    )
+    with _progress() as progress:
+        task = progress.add_task("limits of the machine", total=None)
+        measured = StepBench(settings)
+        progress.update(task, description="rounds", total=measured.num_rounds)
+        result = measured.run(lambda: progress.advance(task))
     if json_output:
         typer.echo(json.dumps(result, indent=2))
         return
-    table = Table("batch", "adapters", "step ms", "tokens/s", "× base", title=result["shape"])
-    for row in result["rows"]:
-        ratio = row["tokens_per_second"] / result["base"][str(row["batch"])]
-        table.add_row(
-            str(row["batch"]),
-            str(row["adapters"]) if row["adapters"] else "base only",
-            f"{row['step_ms']:.2f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{ratio:.3f}",
-        )
     console = Console()
-    console.print(table)
-    console.print("  ".join(f"{name} {value:.3f}" for name, value in result["ratios"].items()))
+    console.print(machine_text(result["machine"]), highlight=False, soft_wrap=True)
+    for table in step_tables(result):
+        console.print(table)
+    console.print(
+        "  ".join(f"{name} {value:.3f}" for name, value in result["ratios"].items()), highlight=False, soft_wrap=True
+    )
+
+
+@app.command("serve")
+def serve(
+    url: Annotated[str | None, typer.Option(help="The server. [default: LORAPLEX_URL]")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model to ask for; repeatable.")] = None,
+    adapters: Annotated[int | None, typer.Option(help="So many adapters, by --pattern; 0: the base.", min=0)] = None,
+    pattern: Annotated[str, typer.Option(help="Names of adapters, as Python's str.format.")] = "bench-{:04d}",
+    prepare: Annotated[
+        int, typer.Option(help="Push random adapters first, until so many are served (loraplex only).", min=0)
+    ] = 0,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters of --prepare.", min=1)] = 16,
+    base: Annotated[Path | None, typer.Option(help="Folder of the base. [default: where the server says]")] = None,
+    popularity: Annotated[
+        str, typer.Option(help="distinct (in turn), identical, uniform, zipf:EXPONENT or hot:SHARE.")
+    ] = "uniform",
+    requests: Annotated[int | None, typer.Option(help="Requests. [default: 2 a client, or 64]", min=1)] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds after which no more are sent.", min=0.1)] = None,
+    clients: Annotated[int, typer.Option(help="Closed loop: so many clients.", min=1)] = 32,
+    rate: Annotated[float | None, typer.Option(help="Poisson arrivals: requests a second, instead.", min=1e-3)] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    cold: Annotated[float, typer.Option(help="Share of requests for adapters not used before.", min=0, max=1)] = 0.0,
+    chat: Annotated[bool, typer.Option("--chat", help="/v1/chat/completions instead of /v1/completions.")] = False,
+    warm_up: Annotated[int | None, typer.Option(help="Models asked once before. [default: all, up to 64]")] = None,
+    threads: Annotated[int | None, typer.Option(help="The server's compute threads, if it does not say.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds without a byte.", min=0.01)] = 600.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write, .svg, .png or .pdf.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Load an OpenAI-compatible server and measure times to the first token, between tokens, throughput and fairness.
+
+    Exit codes: 0 well, 1 some request failed, 2 nothing could be measured, 130 interrupted (what there was is shown).
+    """
+    prepare_process()
+    from loraplex.bench.arrivals import ClosedLoop, Poisson
+    from loraplex.bench.plot import require_plots, save_plot
+    from loraplex.bench.popularity import Popularity
+    from loraplex.bench.serve import ServeSettings
+    from loraplex.bench.tables import serve_notes, serve_table
+
+    client = ClientSettings()
+    if requests is None and duration is None:
+        requests = 64 if rate else max(6, 2 * clients)
+    settings = ServeSettings(
+        url=url or client.url,
+        api_key=client.api_key,
+        models=tuple(model or ()),
+        adapters=adapters,
+        pattern=pattern,
+        prepare=prepare,
+        rank=rank,
+        base=base,
+        popularity=Popularity.parse(popularity),
+        arrivals=Poisson(rate, seed) if rate else ClosedLoop(clients),
+        requests=requests,
+        seconds=duration,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        cold_share=cold,
+        is_chat=chat,
+        seed=seed,
+        warm_up=warm_up,
+        timeout=timeout,
+        threads=threads,
+    )
+    if plot is not None:
+        require_plots(plot)
+    with _watched() as run:
+        done = run(settings)
+    if json_output:
+        typer.echo(json.dumps(done.report, indent=2))
+    else:
+        console = Console()
+        console.print(serve_table(done.report))
+        for line in serve_notes(done.report):
+            style = "bold red" if line.startswith("ERROR") else "yellow" if line[:2].isupper() else None
+            console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+    if plot is not None:
+        server = done.report["server"]
+        save_plot(done.result, f"{server['base']}: {done.report['workload']['arrivals']}", plot)
+    if done.report["is_interrupted"]:
+        raise typer.Exit(INTERRUPTED)
+    raise typer.Exit(0 if done.is_good else 1)
+
+
+@app.command("bars")
+def bars(
+    rounds: Annotated[int, typer.Option(help="Rounds of bench step.", min=1)] = 12,
+    requests: Annotated[int, typer.Option(help="Requests of each run over HTTP with 32 clients.", min=1)] = 64,
+    many: Annotated[int, typer.Option(help="Adapters of the run under Zipf traffic; 0: leave it out.", min=0)] = 1000,
+    threads: Annotated[int, typer.Option(help="Compute threads.", min=1)] = 1,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="The server on one core, this client on the others (Linux).")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Measure every CPU bar of DESIGN §8 that can be measured on this machine, and show them in a table."""
+    prepare_process()
+    from loraplex.bench.bars import Bars, BarsSettings
+    from loraplex.bench.tables import bars_notes, bars_table
+
+    settings = BarsSettings(rounds=rounds, requests=requests, many=many, threads=threads, pin=pin)
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+
+        def show(text: str) -> None:
+            progress.update(task, description=text)
+            if progress.disable:
+                typer.echo(text, err=True)
+
+        result = Bars(settings, show).run()
+    text = json.dumps(result, indent=2)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    if json_output:
+        typer.echo(text)
+    else:
+        console = Console()
+        console.print(bars_table(result))
+        for line in bars_notes(result):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1 if result["errors"] else 0)
+
+
+def _progress() -> Progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    # Drawn rarely: this process shares the machine with what it measures.
+    return Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=not sys.stderr.isatty())
+
+
+@contextmanager
+def _watched() -> Iterator[Callable[[Any], Any]]:
+    """Gives a function that runs a ServeBench under a progress bar; the first Ctrl-C ends the sending."""
+    from loraplex.bench.serve import ServeBench, Watcher
+
+    with _progress() as progress:
+        task = progress.add_task("look", total=None)
+
+        class Bar(Watcher):
+            num_failed = num_tokens = 0
+
+            def phase(self, name: str, total: int | None) -> None:
+                progress.reset(task, description=name, total=total)
+
+            def step(self) -> None:
+                progress.advance(task)
+
+            def done(self, outcome: "Outcome") -> None:
+                self.num_failed += outcome.error is not None
+                self.num_tokens += outcome.num_tokens
+                failed = f", {self.num_failed} failed" if self.num_failed else ""
+                progress.update(task, description=f"requests ({self.num_tokens} tokens{failed})")
+
+        def on_start(stop: Callable[[], None]) -> None:
+            loop = asyncio.get_running_loop()
+
+            def interrupted() -> None:
+                loop.remove_signal_handler(signal.SIGINT)  # a second one ends the process
+                stop()
+
+            loop.add_signal_handler(signal.SIGINT, interrupted)
+
+        yield lambda settings: asyncio.run(ServeBench(settings, Bar()).run(on_start))
+
+
+def _numbers(name: str, text: str, least: int) -> tuple[int, ...]:
+    """ "1,8,32" -> (1, 8, 32), each once, in order."""
+    try:
+        numbers = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < least or numbers[-1] > 1024:
+        raise InvalidRequest(f"--{name} {text!r} is not a list of numbers from {least} to 1024, as 1,8,32.", param=name)
+    return tuple(numbers)
