@@ -13,7 +13,7 @@ help:
 	@echo "make run         serve the demo on http://127.0.0.1:$(PORT)"
 	@echo "make test        run the tests"
 	@echo "make check       linter, formatter, types, layout"
-	@echo "make bench       the CPU benchmarks"
+	@echo "make bench       the CPU bars, measured: minutes, and gigabytes in the temporary folder"
 	@echo "make demo        all demo tasks in mixed batches, with scores"
 	@echo "make matrix      write the README's table of architectures and adapters, from the tests"
 	@echo "make demo-model  train the demo base and its adapters again from seeds, 20 minutes or more"
@@ -58,7 +58,7 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff format server tests
 
 bench: $(STAMP)
-	$(BIN)/loraplex bench step
+	$(BIN)/loraplex bench bars
 
 demo-model: $(DEV_STAMP)
 	$(BIN)/python -m loraplex.demo.build
