@@ -14,6 +14,7 @@ from loraplex.lora.digest import MAX_CONFIG_BYTES
 from loraplex.lora.fields import IGNORED, REFUSED, UNDERSTOOD
 from loraplex.lora.patterns import MatchClock, PatternTable
 from loraplex.lora.peft import PeftConfig
+from loraplex.lora.rules import ModuleRules
 
 PLAIN = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 
@@ -276,16 +277,16 @@ def test_selection_is_pefts(targets: Any, exclude: Any, layers: Any, pattern: An
     # PEFT compiles an expression when a module first meets it, we always
     if BROKEN in (targets, exclude):
         with pytest.raises(AdapterInvalid):
-            parse(target_modules=targets, **fields).rules()
+            ModuleRules(parse(target_modules=targets, **fields))
         return
     try:
         theirs = LoraConfig(target_modules=targets, **fields)
         expected = [bool(check_target_module_exists(theirs, name)) for name in NAMES]
     except Exception:  # PEFT refuses the combination, so we must
         with pytest.raises(AdapterInvalid):
-            parse(target_modules=targets, **fields).rules()
+            ModuleRules(parse(target_modules=targets, **fields))
         return
-    rules = parse(target_modules=targets, **fields).rules()
+    rules = ModuleRules(parse(target_modules=targets, **fields))
     assert [rules.selects(name) for name in NAMES] == expected
 
 
@@ -310,7 +311,7 @@ def test_rank_and_scaling_are_pefts(table: dict[str, int], rslora: bool):
         return
     try:
         config = parse(rank_pattern=table, alpha_pattern=dict(reversed(table.items())), use_rslora=rslora)
-        rules = config.rules()
+        rules = ModuleRules(config)
     except AdapterInvalid:
         # ours compiles every key at once, PEFT stops at the first that matches
         assert any("(?i)" in key for key in table)
@@ -318,15 +319,15 @@ def test_rank_and_scaling_are_pefts(table: dict[str, int], rslora: bool):
     alphas = dict(reversed(table.items()))
     for name, key in zip(NAMES, keys, strict=True):
         rank, alpha = table.get(key, 8), alphas.get(get_pattern_key(alphas.keys(), name), 16)
-        assert config.rank_of(name) == rules.rank_of(name) == rank
-        assert config.scaling_of(name) == (alpha / math.sqrt(rank) if rslora else alpha / rank)
+        assert ModuleRules(config).rank_of(name) == rules.rank_of(name) == rank
+        assert ModuleRules(config).scaling_of(name) == (alpha / math.sqrt(rank) if rslora else alpha / rank)
 
 
 def test_all_linear_leaves_the_output_embedding_out():
-    rules = parse(target_modules="All-Linear").rules()
+    rules = ModuleRules(parse(target_modules="All-Linear"))
     assert rules.selects("model.layers.0.mlp.up_proj")
     assert not rules.selects("lm_head")
-    assert not parse(target_modules="all-linear", exclude_modules=["up_proj"]).rules().selects("m.up_proj")
+    assert not ModuleRules(parse(target_modules="all-linear", exclude_modules=["up_proj"])).selects("m.up_proj")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_hostile_expressions_end_in_time(expression: str, field: str, monkeypatc
         fields["layers_to_transform"] = [0]
 
     def use() -> None:
-        rules = parse(**fields).rules()
+        rules = ModuleRules(parse(**fields))
         for name in NAMES * 20:
             rules.selects(name * 3 + ".q_proj")
             rules.rank_of(name * 3 + ".q_proj")

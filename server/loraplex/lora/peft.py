@@ -15,7 +15,6 @@ from typing import Any, Literal
 from loraplex.errors import AdapterInvalid
 from loraplex.lora.digest import MAX_CONFIG_BYTES
 from loraplex.lora.fields import CHANGED_BASE_INITS, HARMLESS_INITS, IGNORED, is_off, refusal_of
-from loraplex.lora.rules import ModuleRules
 from loraplex.lora.text import shown
 
 ALL_LINEAR = "all-linear"
@@ -63,18 +62,6 @@ class PeftConfig:
     def from_bytes(cls, data: bytes) -> "PeftConfig":
         """Read the bytes of adapter_config.json. Raises AdapterInvalid."""
         return _Reader(_json_object(data)).config()
-
-    def rules(self) -> ModuleRules:
-        """The rules by which modules match, compiled. Raises AdapterInvalid for unusable expressions."""
-        return ModuleRules(self)
-
-    def rank_of(self, module_name: str) -> int:
-        """The rank of the LoRA on `module_name`. For many names, keep one `rules()`."""
-        return self.rules().rank_of(module_name)
-
-    def scaling_of(self, module_name: str) -> float:
-        """alpha / r of `module_name`, or alpha / sqrt(r) with rsLoRA."""
-        return self.rules().scaling_of(module_name)
 
 
 def _invalid(message: str) -> AdapterInvalid:

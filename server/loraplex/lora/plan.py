@@ -72,7 +72,7 @@ class AdapterPlan:
 def plan(config: PeftConfig, header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> AdapterPlan:
     """Match the file's tensors to the base's `targets`. Raises AdapterInvalid naming what is amiss."""
     keys = read_keys(header, targets)
-    rules = config.rules()
+    rules = ModuleRules(config)
     experts = plan_experts(config, rules, keys.lora, header, targets)
     selected = _selected(config, rules, keys, targets)
     used = {path for module in experts.values() for path in module.paths}

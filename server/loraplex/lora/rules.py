@@ -8,13 +8,10 @@ scaling  = alpha / r, or alpha / sqrt(r) with rsLoRA
 
 import math
 import re
-from typing import TYPE_CHECKING
 
 from loraplex.errors import AdapterInvalid
 from loraplex.lora.patterns import MAX_EXPRESSIONS, MatchClock, PatternTable, compile_expression
-
-if TYPE_CHECKING:
-    from loraplex.lora.peft import PeftConfig
+from loraplex.lora.peft import ALL_LINEAR, PeftConfig
 
 # The first number between two dots that has a list's name before it: model.layers.<10>.mlp
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
@@ -27,7 +24,7 @@ _TIED_NAMES = frozenset({"embed_tokens", "lm_head"})
 class ModuleRules:
     """The compiled rules of one config. Their expressions share one time limit: make one for each plan."""
 
-    def __init__(self, config: "PeftConfig"):
+    def __init__(self, config: PeftConfig):
         self._config = config
         self._clock = MatchClock()
         self._targets = _Selection(config.target_modules, "target_modules", self._clock)
@@ -54,7 +51,7 @@ class ModuleRules:
         """Whether the config puts a LoRA on the module `name`."""
         if self._excluded.matches(name) or (self._inside_saved is not None and self._inside_saved.match(name)):
             return False
-        if self._config.target_modules == "all-linear":
+        if self._config.target_modules == ALL_LINEAR:
             return name.rpartition(".")[2] not in _OUTPUT_EMBEDDINGS
         if not self._targets.matches(name):
             return False

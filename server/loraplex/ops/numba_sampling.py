@@ -9,7 +9,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
-from loraplex.ops.numba_lanes import add, divide, log, subtract
+from loraplex.ops.numba_lanes import add, divide, log, splat, subtract
 from loraplex.ops.numba_threads import run_workers
 from loraplex.ops.numba_types import (
     BITS,
@@ -85,20 +85,10 @@ def only_first(typingctx: Any, value: Any, count: Any) -> Any:
     return float32x16(float32x16, types.int64), codegen
 
 
-@intrinsic
-def filled(typingctx: Any, value: Any) -> Any:
-    """The float32 `value` in every lane."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return emit_splat(builder, args[0], VECTOR)
-
-    return float32x16(types.float32), codegen
-
-
 @inline
 def _gumbel(first: int, low: int, high: int) -> Any:
     """-log(-log1p(-u)). log1p(x) = log(y) + (x - (y - 1)) / y with y = 1 + x, which holds for the smallest x, too."""
-    zero, one = filled(np.float32(0)), filled(np.float32(1))
+    zero, one = splat(np.float32(0)), splat(np.float32(1))
     x = subtract(zero, uniforms(first, low, high))
     y = add(one, x)
     log1p = add(log(y), divide(subtract(x, subtract(y, one)), y))
@@ -121,7 +111,7 @@ def draw_share(
     """Rows worker, worker + workers, … of `out`. Each worker has 2 · LANES float32 of `scratch`."""
     values, ids = scratch + worker * 8 * LANES, scratch + worker * 8 * LANES + 4 * LANES
     for row in range(worker, rows, workers):
-        best, token = filled(np.float32(-np.inf)), filled(np.float32(0))
+        best, token = splat(np.float32(-np.inf)), splat(np.float32(0))
         row_low, row_high = read_int64(low, row), read_int64(high, row)
         for first in range(0, vocabulary, LANES):
             count = vocabulary - first
