@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from loraplex.bench.popularity import Popularity, expected_distinct
+from loraplex.bench.popularity import Popularity
 from loraplex.errors import InvalidRequest
 
 ALL = ["distinct", "identical", "uniform", "zipf:1.0", "zipf:1.5", "hot:0.5", "hot:0.95"]
@@ -57,7 +57,9 @@ def test_others_are_refused(text: str):
 
 
 def test_expected_distinct():
-    assert expected_distinct(np.full(32, 1 / 32), 32) == pytest.approx(32 * (1 - (31 / 32) ** 32))
-    assert expected_distinct(Popularity.parse("identical").pmf(5), 8) == 1
-    # research: Zipf 1.0 over 1000 adapters, 64 requests: 44 distinct ones
-    assert expected_distinct(Popularity.parse("zipf:1.0").pmf(1000), 64) == pytest.approx(44, abs=1)
+    assert Popularity.parse("uniform").expected_distinct(32, 32) == pytest.approx(32 * (1 - (31 / 32) ** 32))
+    assert Popularity.parse("identical").expected_distinct(5, 8) == 1
+    assert Popularity.parse("distinct").expected_distinct(32, 20) == 20
+    assert Popularity.parse("distinct").expected_distinct(8, 20) == 8
+    # by the same formula elsewhere: Zipf 1.0 over 1000 adapters, 64 requests: 44 distinct ones
+    assert Popularity.parse("zipf:1.0").expected_distinct(1000, 64) == pytest.approx(44, abs=1)

@@ -67,10 +67,11 @@ class Popularity:
         while True:
             yield from generator.choice(count, 256, p=pmf).tolist()
 
+    def expected_distinct(self, count: int, batch: float) -> float:
+        """How many different adapters, of `count`, a batch of `batch` requests holds on average."""
+        if self.kind == "distinct":
+            return min(float(count), batch)
+        return float((1 - (1 - self.pmf(count)) ** batch).sum())
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.value:g}" if self.kind in ("zipf", "hot") else self.kind
-
-
-def expected_distinct(pmf: np.ndarray, batch: float) -> float:
-    """How many different adapters a batch of `batch` independent requests holds on average."""
-    return float((1 - (1 - pmf) ** batch).sum())

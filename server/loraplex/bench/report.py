@@ -13,7 +13,6 @@ import numpy as np
 
 from loraplex.bench.load import LoadResult, Outcome
 from loraplex.bench.machine import MachineLimits
-from loraplex.bench.popularity import expected_distinct
 from loraplex.bench.roofline import ModelCost
 from loraplex.bench.server import ServerFacts
 
@@ -29,8 +28,8 @@ class ServingRoofline:
     adapter_numel: float
     dtype: str
 
-    def figures(self, result: LoadResult, in_flight: float, pmf: np.ndarray) -> dict[str, float]:
-        """The least times and the largest rate for `in_flight` requests at once whose adapters follow `pmf`."""
+    def figures(self, result: LoadResult, in_flight: float) -> dict[str, float]:
+        """The least times and the largest rate for `in_flight` requests at once."""
         good = result.good
         output = sum(outcome.num_tokens for outcome in good)
         if not good or not output:
@@ -39,7 +38,10 @@ class ServingRoofline:
         context = prompt + output / len(good) / 2
         bandwidth, flop_rate = self.limits.bandwidth, self.limits.flops[self.dtype]
         batch = max(1.0, in_flight)
-        distinct = expected_distinct(pmf, batch) if self.adapter_numel else 0.0
+        distinct = 0.0
+        if self.adapter_numel:
+            workload = result.workload
+            distinct = workload.popularity.expected_distinct(len(workload.warm_models), batch)
         step = self.cost.decode(batch, context, distinct, self.adapter_numel)
         alone = self.cost.prefill(1, prompt, min(distinct, 1.0), self.adapter_numel)
         reading = output / batch * step.nbytes / bandwidth
@@ -113,7 +115,7 @@ def serve_report(
             "late_ms_max": 1e3 * max((outcome.sent - outcome.due for outcome in result.outcomes), default=0.0),
         },
     }
-    limits = {} if roofline is None else roofline.figures(result, sum(latencies) / seconds, pmf)
+    limits = {} if roofline is None else roofline.figures(result, sum(latencies) / seconds)
     report["limits"] = limits or None
     report["why_no_limits"] = "" if limits else why_no_limits or "no request ended well"
     report["shares"] = {
