@@ -4,6 +4,7 @@ Which modules those are is measured: the model runs over a few tokens, and a lea
 argument and whose results have one row for every token.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import product
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loraplex.model.dense import RowInvariantLinear
+from loraplex.model.fused import fused_norm
 from loraplex.model.lora_layers import Extras, extras_in
 from loraplex.model.step_context import StepContext
 from loraplex.ops import Ops
@@ -36,6 +38,7 @@ class ReplaceableLeaf(nn.Module):
         self._context = context
         multiplies = any(parameter.ndim == 2 for parameter in base.parameters()) and not isinstance(base, nn.Embedding)
         self._products = RowInvariantLinear(ops) if multiplies else nullcontext()
+        self._run: Callable[[Tensor], Any] = fused_norm(base, ops) or base
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -45,7 +48,7 @@ class ReplaceableLeaf(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         with self._products:
-            y = self.base(x)
+            y = self._run(x)
             step = self._context.body
             if step is not None:
                 for span, extra in extras_in(step, self._extras):

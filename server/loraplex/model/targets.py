@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.experts import LoRAExperts, expert_parameters
+from loraplex.model.fused import GatedMLP, is_gated_mlp
 from loraplex.model.groups import GroupProduct, find_groups
 from loraplex.model.leaves import ReplaceableLeaf, find_leaves
 from loraplex.model.linear import is_packed
@@ -88,6 +89,7 @@ def wrap_modules(
 ) -> None:
     """Replace every target by its layer, in place; all linears are targets."""
     groups = _group_products(model, targets)
+    gated = [name for name, module in model.named_modules() if is_gated_mlp(module, ops)]
     for name, shape in targets.items():
         path = name.rpartition(".")[0] if shape.kind == "experts" else name
         module = model.get_submodule(path)
@@ -106,8 +108,14 @@ def wrap_modules(
                 layer = LoRAHead(module, pools[name], extras[name], context, ops)
             case "linear":
                 layer = LoRALinear(module, pools[name], extras[name], context, ops, groups.get(name))
-        parent_name, _, attribute = path.rpartition(".")
-        setattr(model.get_submodule(parent_name), attribute, layer)
+        _put(model, path, layer)
+    for name in gated:
+        _put(model, name, GatedMLP(model.get_submodule(name), ops))
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
 
 
 def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dict[str, tuple[GroupProduct, int]]:

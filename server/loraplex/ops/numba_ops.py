@@ -23,6 +23,7 @@ from loraplex.ops import (
     ModulePool,
     numba_attention,
     numba_lora,
+    numba_pointwise,
     numba_sampling,
     torch_ops,
 )
@@ -54,6 +55,8 @@ def warm_up(dtype: torch.dtype) -> None:
     attn = AttentionMetadata(ends, ends[1:], zero.view(1, 1), zero.long(), 1)
     paged_attention(k, cache, cache, attn, LayerAttention(1.0))
     draw(torch.zeros(1, 1), [1])
+    rms_norm(x, x[0], 1e-6, plus_one=False)
+    silu_mul(x, y)
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -219,6 +222,42 @@ def draw(logits: Tensor, keys: Sequence[int]) -> Tensor:
         high,
         out.data_ptr(),
         scratch.data_ptr(),
+        workers,
+    )
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """weight · x / sqrt(mean(x²) + eps) over the last dimension, with (1 + weight) for `plus_one`: x [..., H] of a
+    dtype in ELEMENTS, weight [H] -> new contiguous [..., H] (Zhang and Sennrich 2019; the roundings of transformers'
+    LlamaRMSNorm, or of GemmaRMSNorm)."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    count, size = rows.shape
+    workers = 1 if count * size < SERIAL_WORK // 8 else torch.get_num_threads()
+    element = ELEMENTS[x.dtype]
+    numba_pointwise.rms_norm(
+        element, rows.data_ptr(), weight.data_ptr(), out.data_ptr(), count, size, eps, plus_one, workers
+    )
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up: [..., N] of a dtype in ELEMENTS -> new contiguous [..., N] (Shazeer 2020; torch's roundings)."""
+    size = gate.shape[-1]
+    a, b = gate.reshape(-1, size), up.reshape(-1, size)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    workers = 1 if out.numel() < SERIAL_WORK // 8 else torch.get_num_threads()
+    bytes_each = gate.element_size()
+    numba_pointwise.silu_mul(
+        ELEMENTS[gate.dtype],
+        a.data_ptr(),
+        a.stride(0) * bytes_each,
+        b.data_ptr(),
+        b.stride(0) * bytes_each,
+        out.data_ptr(),
+        len(a),
+        size,
         workers,
     )
     return out

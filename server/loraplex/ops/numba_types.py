@@ -140,6 +140,11 @@ def _narrow(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.select(is_nan, constant(BITS, 0x7FC0), rounded), HALVES)
 
 
+def round_lanes(builder: Any, value: Any) -> Any:
+    """float32 -> the nearest bfloat16, as float32."""
+    return _widen(builder, _narrow(builder, value))
+
+
 # Memory
 
 
