@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     port: int = Field(DEFAULT_PORT, ge=0, le=65535)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_loras: int = Field(8, ge=1, le=1024)
+    max_loras: int | None = Field(None, ge=1, le=1024)
     max_lora_rank: int = Field(64, ge=1, le=4096)
     adapter_cache_bytes: ByteSize = ByteSize(2 << 30)
     kv_cache_bytes: ByteSize | None = None

@@ -87,7 +87,7 @@ def test_the_pool_of_a_device_is_counted(base: BaseModel, memory):
     on_device = replace(base, device=torch.device("meta"))
     values = sum(s.in_features + s.out_features for s in base.targets.values() if s.kind == "linear")
     plan = plan_memory(replace(SPEC, adapter_cache_bytes=1 << 40), on_device, GEOMETRY, 64)
-    assert plan.pool_bytes == values * 4 * SPEC.max_lora_rank * SPEC.max_loras, "RAM is another memory there"
+    assert plan.pool_bytes == values * 4 * SPEC.max_lora_rank * 8, "RAM is another memory there"
     memory(plan.pool_bytes)
     with pytest.raises(StartupError, match="available on meta"):
         plan_memory(replace(SPEC, kv_cache_bytes=1 << 20), on_device, GEOMETRY, 64)
@@ -183,3 +183,12 @@ def test_what_is_told_of_an_engine(memory):
     assert info.num_parameters == sum(p.numel() for p in model.parameters())
     assert info.vocab_size == tiny.VOCAB
     assert info.proof_error < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("max_loras", "max_num_seqs", "device", "places"),
+    [(None, 32, "cpu", 32), (None, 1000, "cpu", 128), (None, 32, "meta", 8), (5, 32, "cpu", 5), (64, 32, "meta", 64)],
+)
+def test_places_by_default(max_loras: int | None, max_num_seqs: int, device: str, places: int):
+    spec = replace(SPEC, max_loras=max_loras, max_num_seqs=max_num_seqs)
+    assert spec.num_places(torch.device(device)) == places

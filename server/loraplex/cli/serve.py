@@ -39,7 +39,9 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
-    max_loras: Annotated[int | None, typer.Option(help="Adapters in one batch. [default: 8]")] = None,
+    max_loras: Annotated[
+        int | None, typer.Option(help="Adapters in one batch. [default: 8; on a CPU --max-num-seqs]")
+    ] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="KV cache. [default: by free memory]")] = None,

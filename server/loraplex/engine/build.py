@@ -18,12 +18,13 @@ from loraplex.engine.runner import ModelRunner
 from loraplex.errors import StartupError
 from loraplex.lora.weights import ModuleShape, slab_numel
 from loraplex.model.attention import LayerGeometry
-from loraplex.model.devices import choose_device, choose_dtype, set_threads
+from loraplex.model.devices import choose_device, choose_dtype, keep_large_blocks_apart, set_threads
 from loraplex.model.linear import is_packed
 from loraplex.model.loader import BaseModel, load_base, measure_geometry
 from loraplex.model.support import check_length, freeze_rope
 
 DEFAULT_MAX_MODEL_LEN = 8192
+MAX_CPU_PLACES = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +32,15 @@ class EngineSpec:
     """What the operator asked for. None and "auto" are decided at load.
 
     `kv_cache_bytes` None: a fifth of the memory that is free after the weights, at most 2 GiB (or what
-    max_num_seqs full sequences need, if that is less).
+    max_num_seqs full sequences need, if that is less). `max_loras` None: 8; on a CPU, where a place is but an address,
+    one for each sequence.
     """
 
     model: Path
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
-    max_loras: int = 8
+    max_loras: int | None = None
     max_lora_rank: int = 64
     adapter_cache_bytes: int = 2 << 30
     kv_cache_bytes: int | None = None
@@ -48,6 +50,10 @@ class EngineSpec:
     max_waiting: int = 1024
     block_size: int = 16
     extra_eos_token_ids: frozenset[int] = frozenset()
+
+    def num_places(self, device: torch.device) -> int:
+        """`max_loras`, decided."""
+        return self.max_loras or (min(self.max_num_seqs, MAX_CPU_PLACES) if device.type == "cpu" else 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +100,7 @@ def build_engine(
     spec: EngineSpec, make_reader: MakeReader, wake: Callable[[], None] = lambda: None
 ) -> tuple[Engine, EngineInfo]:
     """Load, prove and warm up. Raises StartupError naming what does not fit and the flag that changes it."""
+    keep_large_blocks_apart()
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
     threads = set_threads(spec.threads, device)
@@ -124,7 +131,7 @@ def assemble_engine(
         max_waiting=spec.max_waiting,
         block_size=spec.block_size,
         num_blocks=memory.kv_tokens // spec.block_size,
-        max_loras=spec.max_loras,
+        max_loras=spec.num_places(base.device),
         adapter_cache_bytes=spec.adapter_cache_bytes,
         eos_token_ids=_ends_within(base.eos_token_ids | spec.extra_eos_token_ids, base.vocab_size),
     )
@@ -176,7 +183,7 @@ def plan_memory(
     on_cpu = base.device.type == "cpu"
     shapes = (shape for shape in base.targets.values() if shape.kind in ("linear", "experts"))
     per_value = slab_numel((shape, 1) for shape in shapes) * value
-    pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.max_loras
+    pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.num_places(base.device)
     needed = num_blocks * block_bytes + (spec.adapter_cache_bytes if on_cpu else pool_bytes)
     if needed > available:
         raise StartupError(

@@ -1,9 +1,12 @@
 """Where and in what numbers the base runs, and on how many threads."""
 
+import ctypes
+
 import torch
 
 from loraplex.errors import StartupError
 
+_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -40,3 +43,11 @@ def set_threads(threads: int | None, device: torch.device) -> int:
 
         numba_ops.set_num_threads(count)
     return count
+
+
+def keep_large_blocks_apart() -> None:
+    """Give every block of a megabyte or more back to the system when it is freed, as glibc does until it has seen
+    larger ones go: then it keeps evicted adapters' memory for blocks of other sizes, and the process grows."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
