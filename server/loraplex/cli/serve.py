@@ -40,7 +40,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")] = None,
     max_loras: Annotated[
-        int | None, typer.Option(help="Adapters in one batch. [default: 8; on a CPU --max-num-seqs]")
+        int | None, typer.Option(help="Adapters in one batch. [default: 8; CPU: max-num-seqs]")
     ] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,

@@ -34,7 +34,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, base: nn.Module, ops: Ops):
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = base.gate_proj, base.up_proj, base.down_proj
+        self.gate_proj, self.up_proj, self.down_proj = (
+            base.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")
+        )
         self._multiply = ops.silu_mul  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
