@@ -226,6 +226,7 @@ def test_a_template_that_is_slow_for_some_messages(client, plain):
         threading.Thread(target=lambda: replies.append(client.post("/v1/chat/completions", json=spin)))
         for _ in range(4)
     ]
+    started = time.monotonic()
     for thread in threads:
         thread.start()
     served, slowest = 0, 0.0
@@ -237,13 +238,14 @@ def test_a_template_that_is_slow_for_some_messages(client, plain):
         served += 1
     for thread in threads:
         thread.join()
+    spun = time.monotonic() - started
     assert served > 10
-    assert slowest < 1.5
+    assert slowest < spun  # nobody waited for the template's end
     for reply in replies:
         assert_error(reply, 400, "chat_template_limit", "chat template cannot be run", param="messages")
     began = time.monotonic()
     assert_error(client.post("/v1/chat/completions", json=spin), 400, "chat_template_limit", "not tried again")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < spun / 2  # it did not run
     text_of(client, model="spins", max_tokens=1)  # it can still be used without
 
 

@@ -15,7 +15,7 @@ from loraplex.text import template_sandbox
 from loraplex.text.child import Child, ChildDied
 from loraplex.text.template_sandbox import WORKER, SandboxLimits, TemplateFailed, TemplateSandbox
 
-QUICK = SandboxLimits(wall_seconds=1.5, cpu_seconds=1, memory_bytes=128 << 20, max_chars=1 << 20, pause_seconds=0.5)
+QUICK = SandboxLimits(wall_seconds=1.5, cpu_seconds=1, memory_bytes=128 << 20, max_chars=1 << 20, pause_seconds=2)
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 USER = [{"role": "user", "content": "  hi “you” <b>  "}]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *USER]
@@ -155,6 +155,7 @@ async def test_what_is_hostile_ends_by_name_and_the_next_is_served(sandbox: Temp
 async def test_others_are_served_while_a_template_spins(sandbox: TemplateSandbox):
     await asyncio.gather(*(sandbox.render(CHATML + mark, USER, SPECIAL) for mark in "ab"))  # both workers run
     source, _ = HOSTILE["endless nesting"]
+    started = time.monotonic()
     spinning = [asyncio.ensure_future(sandbox.render(source, USER, SPECIAL)) for _ in range(5)]
     await asyncio.sleep(0.05)
     slowest = 0.0
@@ -164,14 +165,15 @@ async def test_others_are_served_while_a_template_spins(sandbox: TemplateSandbox
         await sandbox.render(CHATML, USER, SPECIAL)
         slowest = max(slowest, time.monotonic() - began)
         served += 1
+    spun = time.monotonic() - started
     assert served > 20
-    assert slowest < 0.9  # less than the template had
+    assert slowest < spun  # nobody waited for the template's end
     for one in spinning:  # the first ran into the limit, the others did not run at all
         assert isinstance(one.exception(), TemplateFailed)
     began = time.monotonic()
-    with pytest.raises(TemplateFailed, match="not tried again for 0.5 s"):
+    with pytest.raises(TemplateFailed, match=f"not tried again for {QUICK.pause_seconds:g} s"):
         await sandbox.render(source, USER, SPECIAL)
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < spun / 2  # it did not run
     await asyncio.sleep(QUICK.pause_seconds)
     with pytest.raises(TemplateFailed, match=r"processor time|longer than"):
         await sandbox.render(source, USER, SPECIAL)
