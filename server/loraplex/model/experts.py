@@ -108,8 +108,8 @@ class LoRAExperts(nn.Module):
         return _Rows(pairs, tokens, of_pair, experts, lora)
 
     def _is_adapted(self, step: StepLoRA) -> bool:
-        experts = self.base.num_experts
-        return any(bool(pool.rank[span.place * experts]) for pool in self._pools.values() for span in step.spans)  # type: ignore[operator]
+        first = [span.place * self.base.num_experts for span in step.spans]  # type: ignore[operator]
+        return any(bool(pool.rank[first].any()) for pool in self._pools.values())
 
     def _segments(self, runs: list[tuple[int, list[Span], int, int]], device: torch.device) -> LoRASegments | None:
         num_experts: int = self.base.num_experts  # type: ignore[assignment]

@@ -38,7 +38,7 @@ class ReplaceableLeaf(nn.Module):
         self._context = context
         multiplies = any(parameter.ndim == 2 for parameter in base.parameters()) and not isinstance(base, nn.Embedding)
         self._products = RowInvariantLinear(ops) if multiplies else nullcontext()
-        self._run: Callable[[Tensor], Any] = fused_norm(base, ops) or base
+        self._fused: Callable[[Tensor], Tensor] | None = fused_norm(base, ops)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -48,7 +48,7 @@ class ReplaceableLeaf(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         with self._products:
-            y = self._run(x)
+            y = self.base(x) if self._fused is None else self._fused(x)
             step = self._context.body
             if step is not None:
                 for span, extra in extras_in(step, self._extras):

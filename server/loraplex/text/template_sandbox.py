@@ -79,8 +79,7 @@ class TemplateSandbox:
     ) -> str:
         """The text that `source` makes of `messages`, as transformers' apply_chat_template has it. Raises
         TemplateFailed, Overloaded when too many wait for this template, NotReady when no process can be started.
-        `is_check`: refuse what names other
-        templates, too."""
+        `is_check`: refuse what names other templates, too."""
         key = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
         job = {
             "source": source,
