@@ -71,7 +71,7 @@ class AdapterCatalog:
         staging.leave_out(brought.unneeded)
         checked = self._reader.check(staging.folder)
         self._check_size(checked)
-        brought.check_rows(checked.plan.covers_token)
+        brought.check_rows(checked.plan.trained_tokens)
         profile = None if brought.profile is None else brought.profile.shown()
         digest = self.store.commit(staging)
         version, created = self.registry.publish(

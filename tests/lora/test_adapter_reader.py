@@ -384,3 +384,19 @@ def test_no_heavy_imports():
     )
     server = Path(__file__).parents[2] / "server"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(server)}).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "trained"),
+    [
+        ({"target_modules": ["q_proj"]}, set()),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, set(range(128))),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, set(range(128))),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [9, 3]}, {3, 9}),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [9, 3]}}, set()),
+    ],
+)
+def test_which_tokens_rows_are_trained(llama: Base, tmp_path: Path, fields: dict[str, Any], trained: set[int]):
+    save_with_peft(llama, tmp_path / "adapter", r=2, **fields)
+    plan = Adapter(tmp_path / "adapter", llama).reader(tensor_of=tensor_of(llama)).check(tmp_path / "adapter").plan
+    assert {token for token in range(200) if token in plan.trained_tokens} == trained

@@ -178,11 +178,11 @@ def test_added_tokens_need_rows_that_exist_and_were_trained(base, read, tmp_path
     own.add_tokens([f"<n{i}>" for i in range(6)])
     own.save_pretrained(tmp_path)
     change = read()
-    change.check_rows(lambda token_id: True)
+    change.check_rows(range(1 << 20))
     with pytest.raises(AdapterInvalid, match=r"adds '<n0>', '<n1>', '<n2>' and 3 more, and .* trained no embedding"):
-        change.check_rows(lambda token_id: False)
+        change.check_rows(())
     with pytest.raises(AdapterInvalid, match=r"adds '<n4>', and .* for it"):
-        change.check_rows(lambda token_id: token_id != change.tokens[4].id)
+        change.check_rows(set(range(1 << 12)) - {change.tokens[4].id})
     own.add_tokens([f"<m{i}>" for i in range(ROWS)])
     own.save_pretrained(tmp_path)
     with pytest.raises(AdapterInvalid, match=rf"enlarges the vocabulary: .* embedding has {ROWS} rows \(0 to 299\)"):

@@ -5,7 +5,7 @@ by name. So nothing is silently ignored.
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from types import MappingProxyType
@@ -51,12 +51,14 @@ class AdapterPlan:
     def max_rank(self) -> int:
         return max((module.rank for module in self.modules.values()), default=0)
 
-    def covers_token(self, token_id: int) -> bool:
-        """Whether the adapter trained the embedding's row of `token_id`."""
-        if any(module.shape.kind == "embedding" and module.rank for module in self.modules.values()):
-            return True  # a LoRA on the embedding trains every row
-        own = (one for one in self.replaced if one.shape.kind == "embedding")
-        return any(one.rows is None or token_id in one.rows for one in own)
+    @property
+    def trained_tokens(self) -> Container[int]:
+        """The token ids whose rows of the embedding the adapter trained."""
+        for module in self.modules.values():
+            if module.shape.kind == "embedding" and module.rank:
+                return range(module.shape.in_features)  # a LoRA on the embedding trains every row
+        own = [one for one in self.replaced if one.shape.kind == "embedding"]
+        return frozenset(row for one in own for row in (range(one.stored[0]) if one.rows is None else one.rows))
 
     @property
     def numel(self) -> int:

@@ -1,6 +1,6 @@
 """AdapterText: the text side of one adapter, as it serves; and what an adapter's files say of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ class Brought:
     unneeded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def check_rows(self, covers_token: Callable[[int], bool]) -> None:
+    def check_rows(self, trained: Container[int]) -> None:
         """Raises AdapterInvalid for new tokens without a trained row."""
-        self.change.check_rows(covers_token)
+        self.change.check_rows(trained)
 
 
 @dataclass(frozen=True, slots=True)

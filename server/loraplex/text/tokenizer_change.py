@@ -5,7 +5,7 @@ with another one). Everything else about it is the base's, or the adapter is ref
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ class TokenizerChange:
                 TOKENIZER, f"its added tokens cannot be put into the base's tokenizer: {str(error)[:200]}"
             ) from error
 
-    def check_rows(self, covers_token: Callable[[int], bool]) -> None:
-        """Refuse new tokens of which the adapter has trained no row: they would mean nothing to the model."""
-        untrained = [token.content for token in self.tokens if token.id in self.new_ids and not covers_token(token.id)]
+    def check_rows(self, trained: Container[int]) -> None:
+        """Refuse new tokens that are not among those whose rows the adapter has trained: they would mean nothing to the
+        model."""
+        untrained = [token.content for token in self.tokens if token.id in self.new_ids and token.id not in trained]
         if untrained:
             raise AdapterInvalid(
                 f"The adapter's tokenizer adds {listed(untrained)}, and the adapter has trained no embedding for "
