@@ -108,7 +108,7 @@ def test_prepare_and_a_mix_of_adapters(server: OwnServer, limits):
     assert report["cached_prompt_tokens"] == 0
     assert report["rates"]["ram_hit_rate"] == 1, "the warm-up loaded them"
     assert report["rates"]["generated_tokens"] == 60
-    assert report["ttft_ms"]["count"] == 10
+    assert report["ttft_ms"]["count"] == len([outcome for outcome in run.result.outcomes if outcome.events]) > 0
     assert report["limits"]["mean_distinct_adapters"] > 1
     assert report["server"]["threads"] == 1
     assert watcher.phases == [("push adapters", 5), ("warm up", None), ("requests", 10)]
@@ -140,10 +140,14 @@ def test_the_base_alone_over_chat_is_refused_without_a_template(server: OwnServe
 def test_cold_requests_load_from_disk(server: OwnServer, limits):
     names = {"prepare": 24, "rank": 3, "pattern": "cold-{}"}
     wanted = {**names, "cold_share": 0.5, "requests": 16, "popularity": Popularity("identical"), "warm_up": 1}
-    report = asyncio.run(ServeBench(settings(server, limits, **wanted)).run()).report
+    run = asyncio.run(ServeBench(settings(server, limits, **wanted)).run())
+    report = run.report
     assert report["requests"]["cold"] >= 3
     assert report["rates"]["adapter_loads"] == report["requests"]["cold"]
-    assert report["ttft_cold_ms"]["count"] == report["requests"]["cold"]
+    # an answer of nothing but half characters or end tokens has no text, and so no first piece of it
+    spoke = [outcome for outcome in run.result.outcomes if outcome.is_cold and outcome.events]
+    assert report["requests"]["failed"] == 0
+    assert report["ttft_cold_ms"]["count"] == len(spoke) > 0
 
 
 def test_adapters_that_are_not_there_are_named(server: OwnServer, limits):
