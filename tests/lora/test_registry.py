@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import insert, select, text
+from sqlalchemy import insert, inspect, select, text
 
 from loraplex.errors import AdapterConflict, InvalidName, InvalidRequest, ModelNotFound, StartupError, StorageFull
+from loraplex.lora import tables
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.registry import Registry, sqlite_url
 from loraplex.lora.tables import adapters, metadata, versions
@@ -243,15 +246,35 @@ def test_the_text_side_is_remembered(registry: Registry):
     assert (registry.get("other").facts.text_files, registry.get("other").facts.profile) == ({}, None)
 
 
-def test_a_registry_of_two_files_is_carried_over(registry: Registry, path: Path):
-    """As the first release left it: the columns of the text side are not there yet."""
-    version, _ = publish(registry, "sql", A)
+def test_what_checks_found_is_remembered(registry: Registry):
+    found: dict[str, Any] = {
+        "report": {"fits": True, "notes": ["é"]},
+        "proof": {"max_delta": 0.5},
+        "parent": "demo-base",
+    }
+    version, _ = publish(registry, "sql", A, **found)
+    assert registry.get("sql") == version
+    assert (version.report, version.proof, version.parent) == tuple(found.values())
+    assert (publish(registry, "other", B)[0].report, registry.get("other").proof) == (None, None)
+
+
+def downgrade(registry: Registry, revision: str) -> None:
+    with registry._writer.begin() as connection:
+        config = Config()
+        config.set_main_option("script_location", str(Path(tables.__file__).parent / "migrations"))
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+
+
+def test_the_first_releases_registry_is_carried_over(registry: Registry, path: Path):
+    first, _ = publish(registry, "sql", A)
+    second, _ = publish(registry, "sql", B, new_version=True)
+    downgrade(registry, "0001")
+    with registry._engine.connect() as connection:
+        columns = {column["name"] for column in inspect(connection).get_columns("versions")}
+        assert not columns & {"profile", "text_files", "precedence", "report"}
+        assert "events" not in inspect(connection).get_table_names()
     registry.close()
-    with Registry(sqlite_url(path)) as older:
-        with older._writer.begin() as connection:
-            for column in ("profile", "text_files"):
-                connection.execute(text(f"ALTER TABLE versions DROP COLUMN {column}"))
-            connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
     with Registry(sqlite_url(path)) as opened:
-        assert opened.get("sql") == version
-        assert publish(opened, "sql", A) == (version, False)
+        assert (opened.get("sql"), opened.get("sql", 1)) == (second, first)
+        assert publish(opened, "sql", B) == (second, False)

@@ -4,7 +4,7 @@ A version is named here only after its files are durable in the store, and files
 version names them. Version numbers of a name only grow, also over deletion.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ DELETED = "deleted"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _MAX_SOURCE_CHARS = 1024
 _LOCK_SECONDS = 30
-_OF_VERSION = [column for column in versions.c if column.name != "deleted_at"]
+_OF_VERSION = [column for column in versions.c if column.name not in ("deleted_at", "precedence")]
 
 
 def sqlite_url(path: Path) -> URL:
@@ -83,6 +83,9 @@ class Registry:
         base_fingerprint: str,
         source: str,
         new_version: bool = False,
+        report: Mapping[str, Any] | None = None,
+        proof: Mapping[str, Any] | None = None,
+        parent: str | None = None,
     ) -> tuple[Version, bool]:
         """Make `digest` the newest version of `name`; the flag says whether a version was created.
 
@@ -117,6 +120,9 @@ class Registry:
                 # a path may hold bytes that are no text
                 source=source[:_MAX_SOURCE_CHARS].encode(errors="replace").decode(),
                 facts=facts,
+                report=report,
+                proof=proof,
+                parent=parent,
             )
             if last is None:
                 connection.execute(insert(adapters).values(name=name, last_version=version.version))
@@ -253,6 +259,10 @@ def _row(version: Version) -> dict[str, Any]:
         "profile": None if facts.profile is None else dict(facts.profile),
         "source": version.source,
         "created_at": version.created_at,
+        "precedence": version.version,
+        "report": None if version.report is None else dict(version.report),
+        "proof": None if version.proof is None else dict(version.proof),
+        "parent": version.parent,
     }
 
 
@@ -280,6 +290,9 @@ def _version(row: Row[Any]) -> Version:
         created_at=created_at if created_at.tzinfo else created_at.replace(tzinfo=UTC),
         source=row.source,
         facts=facts,
+        report=row.report,
+        proof=row.proof,
+        parent=row.parent,
     )
 
 

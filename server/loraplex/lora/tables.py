@@ -31,7 +31,8 @@ adapters = Table(
     Column("last_version", Integer, nullable=False),
 )
 
-# A row a version, for ever; a deleted one keeps its row with state "deleted".
+# A row a version, for ever; a deleted one keeps its row with state "deleted". Of a name's ready versions on one base
+# the one with the highest precedence is what the name means (of equal ones the newest); 0: rolled back.
 versions = Table(
     "versions",
     metadata,
@@ -50,8 +51,29 @@ versions = Table(
     Column("num_values", BigInteger, nullable=False),
     Column("text_files", JSON, nullable=False, server_default="{}"),
     Column("profile", JSON(none_as_null=True), nullable=True),
+    Column("precedence", Integer, nullable=False, server_default="0"),
+    Column("report", JSON(none_as_null=True), nullable=True),
+    Column("proof", JSON(none_as_null=True), nullable=True),
+    Column("parent", String(64), nullable=True),
     Column("source", String(1024), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
     Column("deleted_at", DateTime(timezone=True), nullable=True),
-    Index(None, "state", "name", "version"),
+    Index(None, "state", "name", "base_fingerprint", "precedence", "version"),
 )
+
+# A row a change, for ever, written in the change's own transaction. In the order of `id`: clocks jump.
+events = Table(
+    "events",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("who", String(128), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("name", String(64), nullable=False),
+    Column("version", Integer, nullable=True),
+    Column("detail", JSON, nullable=False, server_default="{}"),
+    Index(None, "name", "id"),
+)
+
+# One row: what tells this registry from any other. A store remembers to which one its blobs belong.
+identity = Table("identity", metadata, Column("id", String(32), primary_key=True))

@@ -1,7 +1,9 @@
 """Version: one immutable version of an adapter, as the registry knows it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from loraplex.lora.facts import AdapterFacts
 
@@ -11,7 +13,8 @@ class Version:
     """`name@version`. `digest` identifies its files, `base_fingerprint` the base it was checked on.
 
     `state` is "ready" or "deleted"; `created_at` is in UTC; `source` says where it came from ("upload", a
-    folder).
+    folder). `report` and `proof` (JSON objects; None: there is none) are what its checks found when it was accepted;
+    `parent` is the name of the base or adapter it was made from, as whoever sent it says.
     """
 
     name: str
@@ -22,6 +25,9 @@ class Version:
     created_at: datetime
     source: str
     facts: AdapterFacts
+    report: Mapping[str, Any] | None = field(default=None, hash=False)
+    proof: Mapping[str, Any] | None = field(default=None, hash=False)
+    parent: str | None = None
 
     @property
     def model_id(self) -> str:
