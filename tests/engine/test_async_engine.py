@@ -4,13 +4,14 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
 
 import pytest
 
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.engine import EngineDied
 from loraplex.engine.messages import (
+    Command,
+    CommandResult,
     EngineRequest,
     Failure,
     FinishReason,
@@ -35,6 +36,7 @@ class CountingEngine:
         self.broken: str | None = None
         self.is_stalled = False
         self.num_steps = 0
+        self.answers: tuple[CommandResult, ...] = ()
         self.was_closed = False
         self.thread = threading.current_thread()
         self.stepped = threading.Event()
@@ -69,12 +71,17 @@ class CountingEngine:
             if not left:
                 del self.sequences[seq_id]
             outputs.append(SequenceOutput(seq_id, token, finish_reason=None if left else FinishReason.LENGTH))
-        return StepOutput(self.num_steps, tuple(outputs))
+        answers, self.answers = self.answers, ()
+        return StepOutput(self.num_steps, tuple(outputs), answers)
 
-    def run_command(self, name: str, arguments: dict[str, Any]) -> Any:
-        if name == "fail":
-            raise ValueError("no such thing")
-        return (name, arguments)
+    def take(self, command: Command) -> CommandResult | None:
+        if command.name == "fail":
+            return CommandResult(command.command_id, error="no such thing")
+        if command.name == "later":
+            self.sequences["later"] = [0]
+            self.answers = (CommandResult(command.command_id, "at last"),)
+            return None
+        return CommandResult(command.command_id, (command.name, command.arguments))
 
     def check_integrity(self) -> None:
         if self.broken is not None:
@@ -159,6 +166,7 @@ async def test_commands_answer_and_fail():
         assert await engine.command("look", at=3) == ("look", {"at": 3})
         with pytest.raises(ValueError, match="no such thing"):
             await engine.command("fail")
+        assert await engine.command("later") == "at last"  # with a step's output
         asking = asyncio.ensure_future(engine.command("look"))
         await asyncio.sleep(0)
         asking.cancel()  # who asks and goes does no harm

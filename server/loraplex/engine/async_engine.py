@@ -30,6 +30,9 @@ from loraplex.errors import NotReady
 
 logger = structlog.get_logger(__name__)
 
+_PATIENCE = 0.5
+"""Seconds after which a stalled engine looks at the time."""
+
 
 class EngineClient(Protocol):
     """What the service needs of an engine, wherever it runs. All values are picklable."""
@@ -138,6 +141,8 @@ class AsyncEngine:
             else:
                 future.set_result(item.value)
             return
+        for answer in item.answers:
+            self._deliver(answer)
         for output in item.outputs:
             queue = self._streams.get(output.seq_id)
             if queue is not None:
@@ -188,7 +193,7 @@ class AsyncEngine:
                 is_idle = True
                 continue
             output = engine.step()
-            if output.outputs:
+            if output.outputs or output.answers:
                 self._post(self._deliver, output)
             if engine.last_error is not reported:
                 reported = engine.last_error
@@ -196,10 +201,12 @@ class AsyncEngine:
             is_idle = engine.is_stalled
 
     def _drain_inbox(self, engine: Engine, *, block: bool) -> None:
-        """Take in everything that has arrived; `block` until there is something (a wake-up counts)."""
+        """Take in everything that has arrived; `block` until there is something (a wake-up counts), or for a moment
+        while a proof waits, which has a deadline."""
+        patience = _PATIENCE if engine.has_work else None
         while True:
             try:
-                item = self._inbox.get(block=block)
+                item = self._inbox.get(block, patience)
             except Empty:
                 return
             block = False
@@ -211,7 +218,9 @@ class AsyncEngine:
                 for seq_id in item.seq_ids:
                     engine.abort(seq_id)
             elif isinstance(item, Command):
-                self._post(self._deliver, _answer(engine, item))
+                answer = engine.take(item)
+                if answer is not None:
+                    self._post(self._deliver, answer)
 
     def _wake(self) -> None:
         self._inbox.put(None)
@@ -231,10 +240,3 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:  # the loop is closed: nobody is left to tell
             self._stopping.set()
-
-
-def _answer(engine: Engine, command: Command) -> CommandResult:
-    try:
-        return CommandResult(command.command_id, engine.run_command(command.name, command.arguments))
-    except (ValueError, KeyError) as error:
-        return CommandResult(command.command_id, error=str(error))

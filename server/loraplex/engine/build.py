@@ -141,6 +141,7 @@ def assemble_engine(
         warm_up(base.dtype)
     proof = prove(runner, reference)
     engine = Engine(runner, make_reader(base), wake)
+    engine.proofs.prepare()
     info = EngineInfo(
         config=config,
         targets=base.targets,

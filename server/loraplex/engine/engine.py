@@ -1,5 +1,6 @@
 """Engine: schedule, execute, update, emit. Synchronous; one thread; no asyncio, names or text."""
 
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +9,18 @@ from typing import Any
 from loraplex.engine.adapter_cache import AdapterCache
 from loraplex.engine.adapter_loads import AdapterLoads, ReadAdapter
 from loraplex.engine.adapter_places import AdapterPlaces
+from loraplex.engine.adapter_proofs import AdapterProofs
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput, StepOutput
+from loraplex.engine.messages import (
+    Command,
+    CommandResult,
+    EngineRequest,
+    Failure,
+    FinishReason,
+    SequenceOutput,
+    StepOutput,
+)
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.scheduled_batch import ScheduledBatch
 from loraplex.engine.scheduler import Scheduler
@@ -55,6 +65,7 @@ class Engine:
         self.cache = AdapterCache(config.adapter_cache_bytes, on_evict=self._forget_place)
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
+        self.proofs = AdapterProofs(runner, self.cache, self.scheduler)
         self._sequences: dict[str, Sequence] = {}
         self.last_error: str | None = None  # the traceback of the latest failed step
         self._is_stalled = False
@@ -83,11 +94,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences) or self.proofs.has_work
 
     @property
     def is_stalled(self) -> bool:
-        """Whether the last step ran nothing, so that only a finished load or a message can change anything."""
+        """Whether the last step ran nothing, so that only a finished load or a message can change anything (or the
+        time: a proof that waits has a deadline)."""
         return self._is_stalled
 
     # -- the step ---------------------------------------------------------------------------------------------
@@ -95,31 +107,47 @@ class Engine:
     def step(self) -> StepOutput:
         """One step for everything that can run. Raises EngineDied when it is no use going on."""
         outputs = self._take_loads() + self.scheduler.refuse_hopeless()
+        seconds = self._run_batch(outputs) if self._sequences else None
+        answers = self._prove(seconds)
+        is_proving = self.proofs.has_work and not self.proofs.is_waiting
+        self._is_stalled = seconds is None and not outputs and not answers and not is_proving
+        return self._emit(outputs, answers)
+
+    def _run_batch(self, outputs: list[SequenceOutput]) -> float | None:
+        """Run what can run and add its `outputs`; the seconds it took, None when nothing could."""
         batch = self.scheduler.schedule()
-        self._is_stalled = not batch.entries and not outputs
-        if batch.entries:
-            self._max_distinct = max(self._max_distinct, len({p for entry in batch.entries for p in entry.places}))
-            try:
-                results = self.runner.execute(batch)
-                outputs += self.scheduler.update(batch, results)
-                self._num_failed_steps = 0
-            except Exception as error:  # whatever it was: it ends this batch, not the server
-                outputs += self._survive(batch, error)
-        return self._emit(outputs)
+        if not batch.entries:
+            return None
+        started = time.perf_counter()
+        self._max_distinct = max(self._max_distinct, len({p for entry in batch.entries for p in entry.places}))
+        try:
+            results = self.runner.execute(batch)
+            outputs += self.scheduler.update(batch, results)
+            self._num_failed_steps = 0
+        except Exception as error:  # whatever it was: it ends this batch, not the server
+            outputs += self._survive(batch, error)
+        return time.perf_counter() - started
+
+    def _prove(self, step_seconds: float | None) -> list[CommandResult]:
+        answers = self.proofs.work(step_seconds)
+        if self.proofs.last_error is not None:
+            self.last_error, self.proofs.last_error = self.proofs.last_error, None
+        return answers
 
     def _take_loads(self) -> list[SequenceOutput]:
         outputs = []
         for load in self.loads.poll():
             self._num_loads += 1
+            self.proofs.finish_load(load)
             outputs += self.scheduler.finish_load(load)
         return outputs
 
-    def _emit(self, outputs: list[SequenceOutput]) -> StepOutput:
+    def _emit(self, outputs: list[SequenceOutput], answers: list[CommandResult]) -> StepOutput:
         for output in outputs:
             self._num_generated += output.token_id is not None
             if output.finish_reason is not None:
                 del self._sequences[output.seq_id]
-        return StepOutput(self.scheduler.step, tuple(outputs))
+        return StepOutput(self.scheduler.step, tuple(outputs), tuple(answers))
 
     def _survive(self, batch: ScheduledBatch, error: Exception) -> list[SequenceOutput]:
         self._num_failed_steps += 1
@@ -140,8 +168,18 @@ class Engine:
 
     # -- commands and views -----------------------------------------------------------------------------------
 
+    def take(self, command: Command) -> CommandResult | None:
+        """Run a command; None: its answer comes with a later step."""
+        try:
+            if command.name == "prove":
+                self.proofs.add(command.command_id, command.arguments["use"], command.arguments["timeout"])
+                return None
+            return CommandResult(command.command_id, self.run_command(command.name, command.arguments))
+        except (ValueError, KeyError) as error:
+            return CommandResult(command.command_id, error=str(error))
+
     def run_command(self, name: str, arguments: dict[str, Any]) -> Any:
-        """A named verb between steps. ValueError for an unknown one."""
+        """A named verb that is done at once, between steps. ValueError for an unknown one."""
         if name == "stats":
             return self.stats()
         if name == "evict":

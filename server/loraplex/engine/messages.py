@@ -76,12 +76,6 @@ class SequenceOutput:
 
 
 @dataclass(frozen=True, slots=True)
-class StepOutput:
-    step: int
-    outputs: tuple[SequenceOutput, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Abort:
     seq_ids: tuple[str, ...]
 
@@ -100,3 +94,12 @@ class CommandResult:
     command_id: int
     value: Any = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """`answers`: of commands whose work ended with this step."""
+
+    step: int
+    outputs: tuple[SequenceOutput, ...]
+    answers: tuple[CommandResult, ...] = ()

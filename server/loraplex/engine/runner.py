@@ -18,6 +18,9 @@ from loraplex.model.step_context import StepContext
 from loraplex.model.targets import wrap_modules
 from loraplex.ops import Ops, select_ops
 
+NUM_PROBE_TOKENS = 8
+"""Tokens of each of the three sequences of an adapter's proof (`probe`)."""
+
 _NOT_FINITE = Failure(
     "non_finite_logits",
     "The model's output for this request is not a number (NaN or infinite). Its adapter or its base produces values "
@@ -36,8 +39,13 @@ class ModelRunner:
         self.base = base
         self.config = config
         self.ops = ops if ops is not None else select_ops(base.device)
-        self.cache = KVCache(dict(geometry), config.num_blocks, config.block_size, base.dtype, base.device)
-        self.pool = AdapterPool(base.targets, config.max_loras, base.device)
+        # Blocks and a place more than requests can use: an adapter's proof stands in nobody's way, nor they in its.
+        each = -(-NUM_PROBE_TOKENS // config.block_size)
+        num_blocks = config.num_blocks + 3 * each
+        self.probe_blocks = [range(start, start + each) for start in range(config.num_blocks, num_blocks, each)]
+        self.probe_place = config.max_loras
+        self.cache = KVCache(dict(geometry), num_blocks, config.block_size, base.dtype, base.device)
+        self.pool = AdapterPool(base.targets, config.max_loras + 1, base.device)
         self._context = StepContext()
         wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)

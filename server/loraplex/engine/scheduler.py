@@ -162,6 +162,19 @@ class Scheduler:
         failure = Failure("adapter_load_failed", message)
         return [self._fail(seq, failure) for seq in list(self.waiting) if load.digest in seq.digests]
 
+    def load(self, use: AdapterUse) -> bool:
+        """Have an adapter read that no sequence waits for, into room that none of them needs; False: not now."""
+        if use.digest in self.cache or use.digest in self._loading:
+            return True
+        protected = {digest for line in self.waiting.lines for digest in line.digests}
+        if len(self._loading) >= self.config.max_concurrent_loads:
+            return False
+        if not self.cache.reserve(use.digest, use.nbytes, protected):
+            return False
+        self._loading.add(use.digest)
+        self._loads.start(use.digest)
+        return True
+
     def refuse_hopeless(self) -> list[SequenceOutput]:
         """End the waiting sequences that could never run, whatever happens before them."""
         return [*self._refuse_unscalable(), *self._refuse_beside_pins()]
