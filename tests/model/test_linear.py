@@ -33,6 +33,17 @@ def test_equals_the_definition(shape: tuple[int, int], has_bias: bool, dtype: to
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (100, 70)], ids=str)
+def test_the_weight_comes_back_bit_by_bit(shape: tuple[int, int], dtype: torch.dtype):
+    weight, bias = matrices(*shape, dtype)
+    kept = weight.clone()
+    product = make_product(weight, bias)
+    assert torch.equal(product.weight(), kept)
+    assert product.weight().shape == kept.shape
+    assert product.weight().dtype == dtype
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_rows_bits_are_its_own_in_any_batch(shape: tuple[int, int]):
     """Over every M from 1 to 257, wherever the row stands, on machines where the probe says so."""

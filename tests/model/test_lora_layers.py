@@ -1,5 +1,6 @@
 """LoRA layers: the base is never written, base-only steps run no LoRA op, every kind of linear adds its own delta."""
 
+import copy
 import hashlib
 
 import pytest
@@ -9,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from harness import Driver, World, make_world, random_ids, request
+from loraplex.model.linear import is_packed
 from loraplex.model.lora_layers import BaseLinear, LoRALinear, weight_and_bias
 from loraplex.model.step_context import StepContext
 from loraplex.model.targets import base_of, linear_targets
@@ -17,8 +19,8 @@ from loraplex.ops import torch_ops
 
 def fingerprint(world: World) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(world.base.model.named_parameters()):
-        digest.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    for name in sorted(name.replace(".base.", ".") for name, _ in world.base.model.named_parameters()):
+        digest.update(name.encode() + world.base.tensor_of(name).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -84,21 +86,37 @@ def test_a_conv1d_is_a_linear_with_its_weight_the_other_way(bias: bool):
         else:
             conv.bias.zero_()
     x = torch.randn(1, 5, 4)
+    assert torch.equal(weight_and_bias(conv)[0], weight_and_bias(linear)[0])
     for module in (conv, linear):
+        expected, weight = module(x), module.weight
         layer = BaseLinear(module)
         assert (layer.in_features, layer.out_features) == (4, 6)
         assert base_of(layer) is module
         assert layer.weight is module.weight
         assert layer.bias is module.bias
-        torch.testing.assert_close(layer(x), module(x), rtol=0, atol=1e-6)
-    assert torch.equal(weight_and_bias(conv)[0], weight_and_bias(linear)[0])
+        assert torch.equal(layer.whole_weight(), weight)
+        torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
+
+
+def test_a_weight_that_a_product_has_packed_is_nan_to_whoever_goes_around_it():
+    linear = nn.Linear(4, 6)
+    weight, storage = linear.weight, linear.weight.untyped_storage().nbytes()
+    layer = BaseLinear(linear)
+    if is_packed(weight):
+        assert nn.functional.linear(torch.randn(2, 4), layer.weight).isnan().all()
+        assert layer.weight.untyped_storage().nbytes() < storage
+    else:
+        assert layer.weight is weight
+    assert (layer.weight.shape, layer.weight.dtype) == (weight.shape, weight.dtype)
+    assert torch.equal(layer.whole_weight(), weight)
 
 
 def test_a_lora_layer_without_a_step_is_the_base():
     linear = nn.Linear(4, 6)
+    base = BaseLinear(copy.deepcopy(linear))
     layer = LoRALinear(linear, None, [], StepContext(), None)  # type: ignore[arg-type]
     x = torch.randn(2, 3, 4)
-    assert torch.equal(layer(x), BaseLinear(linear)(x))
+    assert torch.equal(layer(x), base(x))
 
 
 def test_the_context_is_empty_after_a_step_that_failed():

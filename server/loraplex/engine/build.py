@@ -58,8 +58,9 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes. `packed_bytes`: the linears' packed copies (CPU). `pool_bytes`: 0 where places share the RAM tier's memory
-    (CPU). `available_bytes`: what was left for KV cache and adapters."""
+    """Bytes. `packed_bytes`: packed copies beside a weight that is needed itself, as a tied head's is (CPU).
+    `pool_bytes`: 0 where places share the RAM tier's memory (CPU). `available_bytes`: what was left for KV cache and
+    adapters."""
 
     weights_bytes: int
     packed_bytes: int
@@ -166,9 +167,8 @@ def plan_memory(
     value = base.dtype.itemsize
     token_bytes = sum(layer.num_values for layer in geometry.values()) * value
     block_bytes = token_bytes * spec.block_size
-    linears = (name for name, shape in base.targets.items() if shape.kind in ("linear", "head"))
-    weights = [base.tensor_of(f"{name}.weight") for name in linears]
-    packed_bytes = sum(weight.nbytes for weight in weights if is_packed(weight))
+    tied = [base.tensor_of(f"{name}.weight") for name, shape in base.targets.items() if shape.is_tied]
+    packed_bytes = sum(weight.nbytes for weight in tied if is_packed(weight))
     available = max(0, available_memory(base.device) - packed_bytes)
     full_load = -(-max_model_len // spec.block_size) * spec.max_num_seqs * block_bytes
     one_sequence = -(-max_model_len // spec.block_size) * block_bytes

@@ -6,6 +6,7 @@ every attention layer. The same run, compared with each sequence alone, and a pr
 are bit-equal whatever else is in the batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from loraplex.engine.sequence import Sequence
 from loraplex.errors import UnsupportedModel
 from loraplex.model.experts import LoRAExperts
 from loraplex.model.leaves import ReplaceableLeaf
-from loraplex.model.linear import Product, is_row_invariant
+from loraplex.model.linear import is_row_invariant
 from loraplex.model.lora_layers import BaseLinear
 
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -81,7 +82,7 @@ def prove(runner: ModelRunner, reference: Reference) -> ProofResult:
 
 def _products_are_invariant(runner: ModelRunner) -> bool:
     """The proof's few rows reach few of the kernels: so the base's products are probed, one of each shape."""
-    products: dict[tuple, tuple[Product, int]] = {}
+    products: dict[tuple, tuple[Callable[[Tensor], Tensor], int]] = {}
     for module in runner.base.model.modules():
         if isinstance(module, BaseLinear):
             products[module.in_features, module.out_features] = (module.product, module.in_features)

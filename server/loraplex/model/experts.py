@@ -8,7 +8,7 @@ The arithmetic is that of transformers' own experts (`integrations/moe.py`, `bat
 copy of a weight for every row, and the same for a row in every batch (see `dense`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from loraplex.model.dense import StackedProduct
-from loraplex.model.linear import Product
 from loraplex.model.step_context import Span, StepContext, StepLoRA
 from loraplex.ops import LoRASegments, ModulePool, Ops
 
@@ -71,7 +70,7 @@ class LoRAExperts(nn.Module):
         unsorted[rows.order] = y
         return unsorted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
-    def products(self) -> Iterator[tuple[Product, tuple[int, int]]]:
+    def products(self) -> Iterator[tuple[Callable[[Tensor], Tensor], tuple[int, int]]]:
         """The first expert's products [M, in] -> [M, out] and (in, out), for probes."""
         for product in self._products.values():
             sizes = (product.in_features, product.out_features)

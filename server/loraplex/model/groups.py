@@ -27,6 +27,10 @@ class GroupProduct:
         self._input: Tensor | None = None
         self._left: list[Tensor | None] = []
 
+    def weight(self, index: int) -> Tensor:
+        """The weight of member `index`, [out, in]."""
+        return self.product.weight().split(self._sizes)[index]
+
     def output(self, index: int, x: Tensor, rows: Tensor) -> Tensor:
         """The output of member `index` for the input x, whose rows are `rows`. What a member leaves behind for another
         input is forgotten: an input is known by being the very same tensor, which is held until all have come."""

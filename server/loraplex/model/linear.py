@@ -1,18 +1,16 @@
 """The product x·Wᵀ + b of the frozen base, the same kernel for every batch size.
 
 torch's float32 `F.linear` chooses between kernels by the number of rows, so a token's result depends on how many
-others are in the batch. oneDNN's product on weights packed once does not (rows padded to a multiple of 4) and is
-1.4 to 3 times as fast. The packing operators are torch's own but not public API (inductor uses them): they are
-detected, and `F.linear` is the way without them.
+others are in the batch. Products on weights packed once are faster and do not: our own on AMX tiles in bfloat16,
+oneDNN's elsewhere (rows padded to a multiple of 4). oneDNN's packing operators are torch's own but not public API
+(inductor uses them): they are detected, and `F.linear` is the way without them.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-Product = Callable[[Tensor], Tensor]
-"""x [M, in] -> [M, out], a new contiguous tensor."""
 
 ROW_MULTIPLE = 4
 """Batches are padded to this many rows: packed float32 products at K = 2048 have a kernel of their own for M = 1."""
@@ -20,15 +18,33 @@ ROW_MULTIPLE = 4
 _PROBED_ROWS = (1, 2, 5, 12, 20, 29, 34, 48, 64, 128, 250, 257)
 
 
+class Product(Protocol):
+    """x·Wᵀ + b for a weight [out, in] and a bias."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [M, in] -> [M, out], a new contiguous tensor."""
+        ...
+
+    def weight(self) -> Tensor:
+        """The weight [out, in], bit by bit: the very tensor, or a new one unpacked."""
+        ...
+
+
 def make_product(weight: Tensor, bias: Tensor | None) -> Product:
-    """The product for `weight` [out, in]. The weight is read, packed or kept; never written."""
-    if is_packed(weight):
-        return _PackedProduct(weight.detach(), None if bias is None else bias.detach())
-    return _PlainProduct(weight.detach(), None if bias is None else bias.detach())
+    """The product for `weight` [out, in], which is read, packed or kept; never written."""
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if not is_packed(weight):
+        return _PlainProduct(weight, bias)
+    if weight.dtype == torch.bfloat16:
+        from loraplex.ops import numba_tiles
+
+        if numba_tiles.has_tiles():
+            return _TiledProduct(weight, bias)
+    return _PackedProduct(weight, bias)
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether `make_product` keeps a packed copy of `weight`, of the same size."""
+    """Whether `make_product` makes a packed copy of `weight`, of the same size, and has no use for the weight then."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
@@ -39,7 +55,9 @@ def is_packed(weight: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def is_row_invariant(product: Product, in_features: int, dtype: torch.dtype, device: torch.device) -> bool:
+def is_row_invariant(
+    product: Callable[[Tensor], Tensor], in_features: int, dtype: torch.dtype, device: torch.device
+) -> bool:
     """Whether the product of a row has the same bits in batches of many sizes. A probe with random numbers: kernels
     change with the number of rows, and where they do some last bit differs."""
     generator = torch.Generator().manual_seed(0)
@@ -56,6 +74,9 @@ class _PlainProduct:
     def __call__(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self._weight, self._bias)
 
+    def weight(self) -> Tensor:
+        return self._weight
+
 
 class _PackedProduct:
     def __init__(self, weight: Tensor, bias: Tensor | None):
@@ -70,3 +91,22 @@ class _PackedProduct:
             x = nn.functional.pad(x, (0, 0, 0, padding))
         y = self._multiply(x, self._packed, self._bias, "none", [], "")
         return y[:num_rows] if padding else y
+
+    def weight(self) -> Tensor:
+        return self._packed.to_dense()
+
+
+class _TiledProduct:
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        from loraplex.ops import numba_tiles
+
+        self._tiles = numba_tiles
+        self._shape = weight.shape
+        self._packed = numba_tiles.pack_tiles(weight)
+        self._bias = None if bias is None else bias.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._tiles.multiply_tiles(x, self._packed, self._bias, self._shape[0])
+
+    def weight(self) -> Tensor:
+        return self._tiles.unpack_tiles(self._packed, *self._shape)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from loraplex.errors import StartupError
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import GeometryProbe, LayerGeometry, register_attention
+from loraplex.model.lora_layers import BaseLinear
 from loraplex.model.support import check_config
 from loraplex.model.targets import base_of, find_targets
 
@@ -40,7 +41,10 @@ class BaseModel:
         """The base's parameter or buffer of this path, its modules wrapped or not. Raises KeyError."""
         path, _, attribute = name.rpartition(".")
         try:
-            tensor = getattr(base_of(self.model.get_submodule(path)), attribute)
+            module = self.model.get_submodule(path)
+            if isinstance(module, BaseLinear) and attribute == "weight":
+                return module.whole_weight()
+            tensor = getattr(base_of(module), attribute)
         except AttributeError:
             raise KeyError(name) from None
         if not isinstance(tensor, Tensor):

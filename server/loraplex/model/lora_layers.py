@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.lora.weights import Extra
 from loraplex.model.dense import multiply
 from loraplex.model.groups import GroupProduct
-from loraplex.model.linear import Product, make_product
+from loraplex.model.linear import Product, is_packed, make_product
 from loraplex.model.step_context import Span, StepContext, StepLoRA
 from loraplex.ops import ModulePool, Ops
 
@@ -23,7 +23,11 @@ Extras = Sequence[Extra | None]
 
 class BaseLinear(nn.Module):
     """The base's part of a Linear or Conv1D: its product, chosen at load, or its part of a group's: (the group's
-    product, the module's index in it)."""
+    product, the module's index in it).
+
+    What a product has packed it alone holds: the module's own weight is but NaNs then (`let_go_of_weight`), and
+    `whole_weight` is the way to its numbers.
+    """
 
     def __init__(self, base: nn.Module, group: tuple[GroupProduct, int] | None = None):
         super().__init__()
@@ -32,10 +36,21 @@ class BaseLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self._group = group
         self.product: Product = make_product(weight, bias) if group is None else group[0].product
+        self._is_packed = group is not None or is_packed(weight)
+        if self._is_packed:
+            let_go_of_weight(base)
 
     @property
     def weight(self) -> Tensor:
+        """The parameter, for its shape and dtype."""
         return self.base.weight  # type: ignore[return-value]
+
+    def whole_weight(self) -> Tensor:
+        """The weight as the base stores it, unpacked if need be."""
+        if not self._is_packed:
+            return self.weight
+        weight = self.product.weight() if self._group is None else self._group[0].weight(self._group[1])
+        return weight.T if isinstance(self.base, Conv1D) else weight
 
     @property
     def bias(self) -> Tensor | None:
@@ -185,6 +200,13 @@ def extras_in(step: StepLoRA, extras: Extras) -> Iterator[tuple[Span, Extra]]:
         extra = extras[span.place]
         if extra is not None:
             yield span, extra
+
+
+def let_go_of_weight(module: nn.Module) -> None:
+    """Leave the shape and the dtype of a Linear's or Conv1D's weight, its numbers being elsewhere. Whoever still reads
+    it reads NaN, and no memory is behind it."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    module.weight = nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:

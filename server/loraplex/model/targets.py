@@ -22,6 +22,7 @@ from loraplex.model.lora_layers import (
     LoRAEmbedding,
     LoRAHead,
     LoRALinear,
+    let_go_of_weight,
     weight_and_bias,
 )
 from loraplex.model.step_context import StepContext
@@ -88,8 +89,8 @@ def wrap_modules(
     ops: Ops,
 ) -> None:
     """Replace every target by its layer, in place; all linears are targets."""
-    groups = _group_products(model, targets)
     gated = [name for name, module in model.named_modules() if is_gated_mlp(module, ops)]
+    groups = _group_products(model, targets)
     for name, shape in targets.items():
         path = name.rpartition(".")[0] if shape.kind == "experts" else name
         module = model.get_submodule(path)
@@ -127,8 +128,11 @@ def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dic
             groups.setdefault(shape.group, []).append(name)
     found: dict[str, tuple[GroupProduct, int]] = {}
     for names in groups.values():
-        weights, biases = zip(*(weight_and_bias(model.get_submodule(name)) for name in names), strict=True)
+        modules = [model.get_submodule(name) for name in names]
+        weights, biases = zip(*map(weight_and_bias, modules), strict=True)
         product = GroupProduct(weights, biases)
+        for module in modules:
+            let_go_of_weight(module)
         found |= {name: (product, index) for index, name in enumerate(names)}
     return found
 
