@@ -50,6 +50,7 @@ class Settings(BaseSettings):
     max_loras: int | None = Field(None, ge=1, le=1024)
     max_lora_rank: int = Field(64, ge=1, le=4096)
     adapter_cache_bytes: ByteSize = ByteSize(2 << 30)
+    eviction: Literal["lru", "lrfu"] = "lrfu"
     kv_cache_bytes: ByteSize | None = None
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)

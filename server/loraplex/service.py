@@ -365,6 +365,7 @@ def engine_spec(settings: Settings, tokenizer: Tokenizer) -> EngineSpec:
         max_loras=settings.max_loras,
         max_lora_rank=settings.max_lora_rank,
         adapter_cache_bytes=int(settings.adapter_cache_bytes),
+        eviction=settings.eviction,
         kv_cache_bytes=None if settings.kv_cache_bytes is None else int(settings.kv_cache_bytes),
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,

@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from scheduler_rig import FakeWeights, uses
 
 from loraplex.engine.adapter_cache import AdapterCache
+from loraplex.engine.eviction import Lrfu, Lru
 
 NAMES = [f"a{i}" for i in range(6)]
 SIZES = dict(zip(NAMES, (1, 2, 3, 3, 5, 9), strict=True))
@@ -161,25 +162,37 @@ def test_integrity_notices(fault: str):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """The model: `order` from the least to the most recently used, and sets beside it."""
+    """The model: what is resident with the number of its last use, and sets beside it."""
+
+    policy = Lru
 
     def __init__(self):
         super().__init__()
         self.evicted: list[str] = []
-        self.cache = AdapterCache(BUDGET, self.evicted.append)
-        self.order: list[str] = []
+        self.worths = self.policy()
+        self.cache = AdapterCache(BUDGET, self.evicted.append, self.worths)
+        self.last: dict[str, int] = {}
+        self.clock = 0
         self.leases: dict[str, int] = dict.fromkeys(NAMES, 0)
         self.pins: set[str] = set()
         self.reserved: set[str] = set()
 
+    def touch(self, name: str) -> None:
+        self.clock += 1
+        self.last[name] = self.clock
+
     def free(self) -> int:
-        return BUDGET - sum(SIZES[name] for name in [*self.order, *self.reserved])
+        return BUDGET - sum(SIZES[name] for name in [*self.last, *self.reserved])
+
+    def in_order(self) -> list[str]:
+        """Who should leave first."""
+        return sorted(self.last, key=self.worths.worth)
 
     @rule(name=st.sampled_from(NAMES), protected=st.sets(st.sampled_from(NAMES)))
     def reserve(self, name, protected):
-        if name in self.order or name in self.reserved:
+        if name in self.last or name in self.reserved:
             return
-        evictable = [n for n in self.order if not self.leases[n] and n not in self.pins | protected]
+        evictable = [n for n in self.in_order() if not self.leases[n] and n not in self.pins | protected]
         expected = SIZES[name] <= self.free() + sum(SIZES[n] for n in evictable)
         self.evicted.clear()
         assert self.cache.reserve(name, SIZES[name], protected) is expected
@@ -187,8 +200,7 @@ class CacheMachine(RuleBasedStateMachine):
         if expected:
             while SIZES[name] > self.free():
                 gone.append(evictable.pop(0))
-                passed = self.order[: self.order.index(gone[-1])]
-                self.order = [n for n in self.order if n not in passed and n != gone[-1]] + passed
+                del self.last[gone[-1]]
             self.reserved.add(name)
         assert self.evicted == gone
 
@@ -201,21 +213,21 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.cancel_reservation(name)
         else:
             self.cache.insert(FakeWeights(name, SIZES[name]))  # type: ignore[arg-type]
-            self.order.append(name)
+            self.touch(name)
 
     @rule(name=st.sampled_from(NAMES))
     def acquire(self, name):
-        if name in self.order:
+        if name in self.last:
             self.cache.acquire(name)
             self.leases[name] += 1
-            self.order.remove(name)
-            self.order.append(name)
+            self.touch(name)
 
     @rule(name=st.sampled_from(NAMES))
     def release(self, name):
         if self.leases[name]:
             self.cache.release(name)
             self.leases[name] -= 1
+            self.touch(name)
 
     @rule(name=st.sampled_from(NAMES), pins=st.booleans())
     def pin(self, name, pins):
@@ -229,17 +241,25 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.evict(name)
         else:
             self.cache.evict(name)
-            self.order = [n for n in self.order if n != name]
+            self.last.pop(name, None)
 
     @invariant()
     def agrees(self):
         self.cache.check_integrity()
-        assert set(self.cache) == set(self.order)
-        assert self.cache.currsize == sum(SIZES[n] for n in self.order)
+        assert set(self.cache) == set(self.last)
+        assert self.cache.currsize == sum(SIZES[n] for n in self.last) <= BUDGET
         assert self.cache.reserved_bytes == sum(SIZES[n] for n in self.reserved)
         assert self.cache.leased == {n for n, count in self.leases.items() if count}
         assert all(self.cache.num_leases(n) == count for n, count in self.leases.items())
+        if self.policy is Lru:
+            assert self.in_order() == sorted(self.last, key=self.last.__getitem__)
+
+
+class LrfuMachine(CacheMachine):
+    policy = Lrfu
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+TestLrfuMachine = LrfuMachine.TestCase
+for case in (TestCacheMachine, TestLrfuMachine):
+    case.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)

@@ -44,6 +44,7 @@ def serve(
     ] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
+    eviction: Annotated[str | None, typer.Option(help="What leaves it first: lrfu or lru. [default: lrfu]")] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="KV cache. [default: by free memory]")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 32]")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step. [default: 512]")] = None,

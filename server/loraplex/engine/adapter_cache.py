@@ -1,4 +1,4 @@
-"""AdapterCache: the RAM tier. Least recently used, counted in bytes, with leases, pins and reservations.
+"""AdapterCache: the RAM tier. Counted in bytes, with leases, pins and reservations; a policy says what leaves first.
 
     currsize (resident) + reserved (loads under way) <= maxsize
 
@@ -11,19 +11,28 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from cachetools import Cache, LRUCache
+from cachetools import Cache
+
+from loraplex.engine.eviction import EvictionPolicy, Lru
 
 if TYPE_CHECKING:
     from loraplex.engine.messages import AdapterUse
     from loraplex.lora.weights import LoRAWeights
 
 
-class AdapterCache(LRUCache):
-    """digest -> LoRAWeights. `on_evict(digest)` is called for every adapter that leaves, for whatever reason."""
+class AdapterCache(Cache):
+    """digest -> LoRAWeights. `on_evict(digest)` is called for every adapter that leaves, for whatever reason. `policy`
+    None: least recently used."""
 
-    def __init__(self, maxsize: int, on_evict: Callable[[str], None] = lambda digest: None):
+    def __init__(
+        self,
+        maxsize: int,
+        on_evict: Callable[[str], None] = lambda digest: None,
+        policy: EvictionPolicy | None = None,
+    ):
         super().__init__(maxsize, getsizeof=lambda weights: weights.nbytes)
         self._on_evict = on_evict
+        self._policy = policy or Lru()
         self._leases: Counter[str] = Counter()
         self._pins: set[str] = set()
         self._protected: Collection[str] = ()
@@ -31,15 +40,24 @@ class AdapterCache(LRUCache):
         self.num_evictions = 0
 
     def peek(self, digest: str) -> "LoRAWeights":
-        """The adapter, without counting as a use. KeyError when it is not resident."""
-        return Cache.__getitem__(self, digest)
+        """The adapter. KeyError when it is not resident."""
+        return self[digest]
+
+    def __setitem__(self, digest: str, weights: "LoRAWeights") -> None:
+        super().__setitem__(digest, weights)
+        self._policy.insert(digest, weights.nbytes)
+
+    def __delitem__(self, digest: str) -> None:
+        super().__delitem__(digest)
+        self._policy.remove(digest)
 
     # -- leases: uses by running sequences --------------------------------------------------------------------
 
     def acquire(self, digest: str) -> None:
-        """Lease a resident adapter: it stays until as many `release` calls."""
-        self[digest]  # touches the LRU order; KeyError when it is not resident
+        """Lease a resident adapter: it stays until as many `release` calls. KeyError when it is not resident."""
+        self.peek(digest)
         self._leases[digest] += 1
+        self._policy.use(digest)
 
     def release(self, digest: str) -> None:
         if self._leases[digest] < 1:
@@ -47,6 +65,7 @@ class AdapterCache(LRUCache):
         self._leases[digest] -= 1
         if not self._leases[digest]:
             del self._leases[digest]
+        self._policy.use(digest)
 
     def num_leases(self, digest: str) -> int:
         return self._leases[digest]
@@ -120,20 +139,15 @@ class AdapterCache(LRUCache):
     # -- eviction ---------------------------------------------------------------------------------------------
 
     def popitem(self) -> tuple[str, "LoRAWeights"]:
-        """Evict the least recently used adapter that may go. KeyError when none may."""
-        held = []
-        try:
-            while True:
-                digest, weights = super().popitem()
-                if self._is_held(digest) or digest in self._protected:
-                    held.append((digest, weights))
-                    continue
-                self.num_evictions += 1
-                self._on_evict(digest)
-                return digest, weights
-        finally:
-            for digest, weights in held:  # in use or about to be: they return as the most recently used
-                self[digest] = weights
+        """Evict the adapter of the least worth among those that may go. KeyError when none may."""
+        free = (digest for digest in self if not self._is_held(digest) and digest not in self._protected)
+        digest = min(free, key=self._policy.worth, default=None)
+        if digest is None:
+            raise KeyError("every adapter is in use, pinned or about to be used")
+        weights = self.pop(digest)
+        self.num_evictions += 1
+        self._on_evict(digest)
+        return digest, weights
 
     def evict(self, digest: str) -> None:
         """Let one adapter go now. ValueError while it is leased."""

@@ -43,6 +43,7 @@ class EngineSpec:
     max_loras: int | None = None
     max_lora_rank: int = 64
     adapter_cache_bytes: int = 2 << 30
+    eviction: str = "lrfu"
     kv_cache_bytes: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
@@ -134,6 +135,7 @@ def assemble_engine(
         num_blocks=memory.kv_tokens // spec.block_size,
         max_loras=spec.num_places(base.device),
         adapter_cache_bytes=spec.adapter_cache_bytes,
+        eviction=spec.eviction,
         eos_token_ids=_ends_within(base.eos_token_ids | spec.extra_eos_token_ids, base.vocab_size),
     )
     runner = ModelRunner(base, geometry, config)

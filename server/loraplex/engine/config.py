@@ -14,6 +14,7 @@ class EngineConfig:
     block_size, num_blocks  the paged KV cache
     max_loras               pool places: distinct adapters in one step
     adapter_cache_bytes     RAM tier
+    eviction                which adapter leaves it first: a name of `eviction.eviction_policy`
     max_concurrent_loads    disk reads under way at once
     fairness_quantum        steps a blocked adapter waits, and a running one keeps its place, before the place turns
     eos_token_ids           union of config, generation_config and tokenizer
@@ -27,6 +28,7 @@ class EngineConfig:
     num_blocks: int = 512
     max_loras: int = 8
     adapter_cache_bytes: int = 2 << 30
+    eviction: str = "lrfu"
     max_concurrent_loads: int = 2
     fairness_quantum: int = 32
     eos_token_ids: frozenset[int] = frozenset()

@@ -12,6 +12,7 @@ from loraplex.engine.adapter_places import AdapterPlaces
 from loraplex.engine.adapter_proofs import AdapterProofs
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.eviction import eviction_policy
 from loraplex.engine.messages import (
     Command,
     CommandResult,
@@ -62,7 +63,9 @@ class Engine:
         self.runner = runner
         self.loads = AdapterLoads(read_adapter, config.max_concurrent_loads, on_load)
         self.places = AdapterPlaces(config.max_loras)
-        self.cache = AdapterCache(config.adapter_cache_bytes, on_evict=self._forget_place)
+        self.cache = AdapterCache(
+            config.adapter_cache_bytes, self._forget_place, policy=eviction_policy(config.eviction)
+        )
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
         self.proofs = AdapterProofs(runner, self.cache, self.scheduler)
