@@ -80,6 +80,40 @@ def test_add_lora_is_the_plain_algebra(ops, dtype: torch.dtype, popularity: str,
     check(ops, dtype, pool, runs(POPULARITY[popularity]), rows=12)
 
 
+SEGMENTS = {
+    "identical": [1, 1, 1, 1],
+    "distinct": [1, 2, 3, 4],
+    "uniform": [1, 2, 1, 2],
+    "skewed": [1, 1, 1, 2],
+    "base-only": [],
+}
+
+
+@IMPLEMENTATIONS
+@ALL_DTYPES
+@pytest.mark.parametrize("popularity", SEGMENTS)
+@pytest.mark.parametrize("length", [1, 7, 16, 257])
+@pytest.mark.parametrize("ranks", ["1", "8", "16", "64", "mixed"])
+def test_segments_of_every_length(ops, dtype: torch.dtype, popularity: str, length: int, ranks: str) -> None:
+    """Against the algebra, and against each segment alone: bit-equal where the kernels promise it."""
+    pool = make_pool(RANKS[ranks], 96, 80, dtype)
+    spans = [(i * length, (i + 1) * length, place, 1.0 + 0.25 * place) for i, place in enumerate(SEGMENTS[popularity])]
+    rows = 4 * length + 3
+    check(ops, dtype, pool, spans, rows)
+    x, y = normal(rows, 96, seed=3, dtype=dtype), normal(rows, 80, seed=4, dtype=dtype)
+    together = y.clone()
+    ops.add_lora(together, x, pool, make_segments(spans, pool))
+    for start, end, place, scale in spans:
+        alone = y[start:end].clone()
+        ops.add_lora(alone, x[start:end].clone(), pool, make_segments([(0, length, place, scale)], pool))
+        if ops is numba_ops and dtype in DTYPES:
+            assert torch.equal(alone, together[start:end])
+        else:
+            assert_near(alone, together[start:end], dtype, 96**0.5 * 64**0.5 * 20)
+    last = spans[-1][1] if spans else 0
+    assert torch.equal(together[last:], y[last:]), "rows of the base"
+
+
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("features", [(1, 1), (15, 17), (16, 64), (17, 63), (31, 65), (33, 128), (64, 129), (100, 15)])
