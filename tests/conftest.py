@@ -1,8 +1,33 @@
 """What every test runs under. Import-time settings come first: torch and numba read them when they are imported."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 
 from loraplex.config import prepare_process
 
+if TYPE_CHECKING:
+    from postgres import Postgres
+
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 prepare_process()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator["Postgres"]:
+    """One server for the tests that need it, started by the first."""
+    from postgres import running_postgres
+
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A new registry's URL: on each of the two databases."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'registry.db'}"
+    return request.getfixturevalue("postgres").fresh()

@@ -11,36 +11,47 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+from sqlalchemy import URL
+
 from loraplex.engine.build import EngineInfo
-from loraplex.errors import AdapterConflict, AdapterTooLarge, ModelNotFound
+from loraplex.errors import AdapterConflict, AdapterTooLarge
+from loraplex.lora.event import OPERATOR, Event
 from loraplex.lora.reader import AdapterReader, Checked
-from loraplex.lora.registry import Registry, sqlite_url
+from loraplex.lora.registry import Change, Registry
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
-from loraplex.lora.version import Version
+from loraplex.lora.version import READY, Version
 from loraplex.routing.names import validate_name
 from loraplex.text.adapter_text import Brought
-
-REGISTRY_FILE = "registry.sqlite"
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogued:
-    """An accepted adapter. `created` False: the name's newest version had these very files already. `ignored`: fields
-    of its config without effect on inference, each with the reason; `notes`: remarks for whoever sent it."""
+    """An accepted adapter. `created` False: the name had a version with these very files already. `previous`: what the
+    name meant before (None: nothing). `ignored`: fields of its config without effect on inference, each with the
+    reason; `notes`: remarks for whoever sent it."""
 
     version: Version
     created: bool
+    previous: Version | None = None
     ignored: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
 
 
 class AdapterCatalog:
-    """`reader` is the engine's own: it compares with the base's weights."""
+    """`reader` is the engine's own: it compares with the base's weights. Raises StartupError when the registry cannot
+    be opened, or is not that of the store's blobs."""
 
-    def __init__(self, store: AdapterStore, data_dir: Path, info: EngineInfo, reader: AdapterReader, base_name: str):
+    def __init__(
+        self, store: AdapterStore, registry_url: str | URL, info: EngineInfo, reader: AdapterReader, base_name: str
+    ):
         self.store = store
-        self.registry = Registry(sqlite_url(data_dir / REGISTRY_FILE))
+        self.registry = Registry(registry_url, info.fingerprint)
+        try:
+            store.bind(self.registry.identity)
+        except BaseException:
+            self.registry.close()
+            raise
         self._info = info
         self._base_name = base_name
         self._reader = reader
@@ -64,8 +75,8 @@ class AdapterCatalog:
             raise AdapterConflict(f"{name!r} is the name of the base model; choose another one.", param="name")
         return name
 
-    def accept(self, name: str, staging: Staging, brought: Brought, source: str) -> Catalogued:
-        """Check staged files and make them the newest version of `name`, durably. `brought`: what their text side says.
+    def accept(self, name: str, staging: Staging, brought: Brought, source: str, who: str) -> Catalogued:
+        """Check staged files and make them what `name` means, durably. `brought`: what their text side says.
         Raises AdapterError and kin; then nothing is kept."""
         self.check_name(name)
         staging.leave_out(brought.unneeded)
@@ -74,15 +85,15 @@ class AdapterCatalog:
         brought.check_rows(checked.plan.trained_tokens)
         profile = None if brought.profile is None else brought.profile.shown()
         digest = self.store.commit(staging)
-        version, created = self.registry.publish(
+        change = self.registry.publish(
             name,
             digest,
             replace(checked.facts, text_files=staging.text_files, profile=profile),
-            base_fingerprint=self._info.fingerprint,
             source=source,
-            new_version=True,
+            who=who,
         )
-        return Catalogued(version, created, checked.config.ignored, (*checked.plan.notes, *brought.notes))
+        notes = (*checked.plan.notes, *brought.notes)
+        return Catalogued(change.version, change.is_new, change.previous, checked.config.ignored, notes)
 
     def add_folder(self, name: str, folder: Path, brought: Brought) -> Catalogued:
         """Register an operator's PEFT folder as `name`."""
@@ -90,9 +101,9 @@ class AdapterCatalog:
         with self.store.import_folder(folder, brought.unneeded) as staging:
             for version in self.registry.versions(name):
                 # A restart must not put the folder's files back above a version that was uploaded since.
-                if (version.digest, version.base_fingerprint) == (staging.digest, self._info.fingerprint):
-                    return Catalogued(version, False)
-            return self.accept(name, staging, brought, source=f"folder:{folder.name}")
+                if version.digest == staging.digest and self.is_served(version):
+                    return Catalogued(version, False, version)
+            return self.accept(name, staging, brought, source=f"folder:{folder.name}", who=OPERATOR)
 
     def _check_size(self, checked: Checked) -> None:
         budget = self._info.config.adapter_cache_bytes
@@ -106,25 +117,17 @@ class AdapterCatalog:
 
     def get(self, name: str, version: int | None = None) -> Version:
         """Raises ModelNotFound, also for a version that was made for another base."""
-        found = self.registry.get(name, version)
-        if not self.is_served(found):
-            raise ModelNotFound(
-                f"{found.model_id!r} was checked on another base model than the one served now, so it is not served. "
-                "Push it again to have it checked on this one.",
-                param="model",
-                code="adapter_incompatible",
-            )
-        return found
+        return self.registry.get(name, version)
 
     def names(self) -> list[str]:
         return [version.name for version in self.served()]
 
     def served(self) -> list[Version]:
-        """The newest version of every name, without those that were made for another base."""
+        """What every name means, without names that have no version for this base."""
         return [version for version in self.page() if self.is_served(version)]
 
     def is_served(self, version: Version) -> bool:
-        return version.base_fingerprint == self._info.fingerprint
+        return version.state == READY
 
     def page(self, offset: int = 0, limit: int | None = None) -> Sequence[Version]:
         return self.registry.list(offset, limit)
@@ -133,8 +136,16 @@ class AdapterCatalog:
         """Keep the adapter's files on disk for the length of a `with` block."""
         return self.store.hold(digest)
 
-    def delete(self, name: str, version: int | None = None) -> Sequence[Version]:
-        return self.registry.delete(name, version)
+    def history(self, name: str | None, offset: int, limit: int) -> tuple[Sequence[Event], int]:
+        """The changes of `name`, or of all, latest first, and how many there are. Raises ModelNotFound."""
+        return self.registry.events(name, offset, limit)
+
+    def rollback(self, name: str, to: int | None = None, *, who: str) -> Change:
+        """Make `name` mean what it meant before the last push, or the version `to`."""
+        return self.registry.rollback(name, to, who=who)
+
+    def delete(self, name: str, version: int | None = None, *, who: str) -> Sequence[Version]:
+        return self.registry.delete(name, version, who=who)
 
     def unnamed(self, digests: Iterable[str]) -> list[str]:
         """Those of `digests` that no ready version names any more."""
@@ -148,5 +159,9 @@ class AdapterCatalog:
     def check_integrity(self) -> None:
         self.store.check_integrity()
         self.registry.check_integrity()
-        missing = self.registry.live_digests() - self.store.digests()
+        missing = self.missing()
         assert not missing, f"versions without files: {sorted(missing)}"
+
+    def missing(self) -> frozenset[str]:
+        """The digests that a version names and the store has not: the disk lost them."""
+        return self.registry.live_digests() - self.store.digests()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
+from sqlalchemy import URL
 
 from loraplex.catalog import AdapterCatalog, Catalogued
 from loraplex.config import Settings
@@ -30,7 +31,9 @@ from loraplex.errors import (
 )
 from loraplex.generation import Generation
 from loraplex.generation_request import GenerationRequest, Prompt
+from loraplex.lora.database import sqlite_url
 from loraplex.lora.reader import AdapterReader
+from loraplex.lora.registry import Change
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
@@ -45,6 +48,7 @@ logger = structlog.get_logger(__name__)
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 256
+REGISTRY_FILE = "registry.sqlite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +125,8 @@ class Service:
             engine = AsyncEngine(make_engine, on_death)
             info = await engine.start()
             stack.push_async_callback(engine.stop)
-            catalog = stack.enter_context(
-                await asyncio.to_thread(AdapterCatalog, store, data_dir, info, readers[0], settings.base_name)
-            )
+            opened = (store, registry_url(settings), info, readers[0], settings.base_name)
+            catalog = stack.enter_context(await asyncio.to_thread(AdapterCatalog, *opened))
             texts = AdapterTexts(tokenizer, info.vocab_size)
             stack.push_async_callback(texts.close)
             service = cls(settings, tokenizer, engine, info, catalog, texts, defaults)
@@ -140,6 +143,8 @@ class Service:
             if added.created:
                 logger.info("adapter registered", adapter=added.version.model_id, folder=str(folder))
         await asyncio.to_thread(self.catalog.sweep)
+        for digest in sorted(await asyncio.to_thread(self.catalog.missing)):
+            logger.warning("the files of a version are gone; push it again", digest=digest)
 
     # -- names ------------------------------------------------------------------------------------------------
 
@@ -324,17 +329,24 @@ class Service:
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
-    async def accept_upload(self, name: str, staging: Staging) -> Catalogued:
-        """Make staged files the newest version of `name`; it is durable and can be used when this returns."""
+    async def accept_upload(self, name: str, staging: Staging, who: str) -> Catalogued:
+        """Make staged files what `name` means; that is durable and can be used when this returns."""
         async with self._accepting:
             brought = await self.texts.inspect(staging.folder)
-            return await asyncio.to_thread(self.catalog.accept, name, staging, brought, "upload")
+            return await asyncio.to_thread(self.catalog.accept, name, staging, brought, "upload", who)
 
-    async def delete_adapter(self, name: str, version: int | None = None) -> Sequence[Version]:
+    async def rollback_adapter(self, name: str, to: int | None = None, *, who: str) -> Change:
+        """Make `name` mean the version before the last push, or `to`; running requests keep theirs. Raises
+        ModelNotFound, AdapterConflict."""
+        if name == self.base_name:
+            raise InvalidRequest("The base model has no versions.", param="name")
+        return await asyncio.to_thread(self.catalog.rollback, name, to, who=who)
+
+    async def delete_adapter(self, name: str, version: int | None = None, *, who: str) -> Sequence[Version]:
         """Forget a name or one version; running requests keep theirs. Raises ModelNotFound."""
         if name == self.base_name:
             raise InvalidRequest("The base model cannot be deleted.", param="name")
-        deleted = await asyncio.to_thread(self.catalog.delete, name, version)
+        deleted = await asyncio.to_thread(self.catalog.delete, name, version, who=who)
         if self.engine.is_alive:
             unnamed = await asyncio.to_thread(self.catalog.unnamed, [version.digest for version in deleted])
             await self.engine.command("evict", digests=unnamed)
@@ -353,6 +365,13 @@ def generation_defaults(settings: Settings) -> SamplingDefaults:
     if unused:
         logger.info("fields of generation_config.json that are not used", fields=list(unused))
     return defaults
+
+
+def registry_url(settings: Settings) -> str | URL:
+    """--registry-url, else a SQLite file in the data folder."""
+    if settings.registry_url is not None:
+        return settings.registry_url.get_secret_value()
+    return sqlite_url(settings.resolved_data_dir / REGISTRY_FILE)
 
 
 def engine_spec(settings: Settings, tokenizer: Tokenizer) -> EngineSpec:

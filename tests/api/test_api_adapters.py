@@ -53,6 +53,7 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
         "profile": None,
         "source": "upload",
         "is_new": True,
+        "previous": None,
         "notes": [],
     }
     text = text_of(client, model="green", max_tokens=12)
@@ -73,12 +74,12 @@ def test_versions_can_be_pinned_and_deleted(client, adapter_folders):
     push(client, "v", adapter_folders["green"])
     first = text_of(client, model="v", max_tokens=12)
     second = push(client, "v", adapter_folders["grey"])
-    assert (second.status_code, second.json()["id"]) == (201, "v@2")
+    assert (second.status_code, second.json()["id"], second.json()["previous"]) == (201, "v@2", "v@1")
     newest = text_of(client, model="v", max_tokens=12)
     assert newest != first
     assert text_of(client, model="v@1", max_tokens=12) == first
     assert client.get("/v1/adapters/v").json()["versions"] == [2, 1]
-    assert client.delete("/v1/adapters/v@2").json() == {"name": "v", "deleted": ["v@2"]}
+    assert client.delete("/v1/adapters/v@2").json() == {"name": "v", "deleted": ["v@2"], "current": "v@1"}
     assert text_of(client, model="v", max_tokens=12) == first
     gone = client.post("/v1/completions", json={"model": "v@2", "prompt": "a"})
     assert_error(gone, 404, "model_not_found", "no version 2", param="model")
@@ -120,10 +121,10 @@ def test_the_same_name_from_two_sides_at_once(client, adapter_folders):
     folders = [adapter_folders["green"], adapter_folders["grey"]] * 4
     with ThreadPoolExecutor(8) as pool:
         replies = list(pool.map(lambda folder: push(client, "race", folder), folders))
-    assert {reply.status_code for reply in replies} <= {200, 201}
+    assert sorted(reply.status_code for reply in replies) == [200] * 6 + [201] * 2
     created = sorted(reply.json()["version"] for reply in replies if reply.status_code == 201)
-    assert created == list(range(1, len(created) + 1))  # every number once
-    assert client.get("/v1/adapters/race").json()["version"] == created[-1]
+    assert created == [1, 2]  # every number once
+    assert client.get("/v1/adapters/race").json()["versions"] == [2, 1]
 
 
 def test_the_list(client, adapter_folders):
@@ -169,7 +170,7 @@ def test_an_adapter_deleted_while_a_request_resolves_it_is_not_found(server, cli
 
     def delete_first(digest):
         if "fleeting" in catalog.names():
-            catalog.delete("fleeting")
+            catalog.delete("fleeting", who="test")
             catalog.sweep()
         return hold(digest)
 
@@ -207,11 +208,24 @@ def test_adapters_of_another_base_are_not_served(make_settings, base_folder, ada
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with LiveServer(make_settings(tmp_path / "data", model=other, adapters=None)) as server:
         assert [card["id"] for card in server.client.get("/v1/models").json()["data"]] == ["base"]
-        assert {row["state"] for row in server.client.get("/v1/adapters").json()["data"]} == {"other_base"}
+        assert {row["state"] for row in server.client.get("/v1/adapters").json()["data"]} == {"incompatible"}
+        detail = server.client.get("/v1/adapters/green").json()
+        assert (detail["id"], detail["state"], detail["current"]) == ("green@1", "incompatible", None)
+        assert_error(server.client.delete("/v1/adapters/green"), 404, "adapter_incompatible", "another base model")
         reply = server.client.post("/v1/completions", json={"model": "green", "prompt": "a"})
         assert_error(reply, 404, "adapter_incompatible", "another base model", "Push it again")
         assert push(server.client, "green", adapter_folders["green"]).json()["id"] == "green@2"
         assert text_of(server.client, model="green", max_tokens=2) is not None
+        detail = server.client.get("/v1/adapters/green").json()
+        assert (detail["current"], detail["versions"], detail["incompatible"]) == (2, [2, 1], [1])
+        assert server.client.delete("/v1/adapters/blue@1").json()["deleted"] == ["blue@1"]
+        server.service.catalog.check_integrity()
+    with LiveServer(make_settings(tmp_path / "data", adapters=None)) as server:
+        # Back on the first base its versions are what they were, and the other's are listed.
+        assert server.client.get("/v1/adapters/green").json()["current"] == 1
+        assert text_of(server.client, model="green", max_tokens=2) is not None
+        assert_error(server.client.get("/v1/adapters/blue"), 404, "model_not_found", "deleted")
+        server.check_at_rest()
 
 
 def test_a_folder_that_does_not_fit_is_refused_at_start_by_name(make_settings, base_folder, tmp_path):

@@ -222,9 +222,31 @@ def test_an_answer_that_is_no_servers(inside):
         thread.join()
 
 
-def test_the_data_folder_is_taken(served: Served, inside):
-    data = served.facts["data"]
-    assert_refused(inside("serve", "--data-dir", data, "--port", "0"), "in use by another loraplex", "--data-dir")
+def test_rollback_and_history(served: Served, inside):
+    env = {"LORAPLEX_URL": served.url}
+    upper, reverse = ROOT / "adapters" / "upper", ROOT / "adapters" / "reverse"
+    first = inside("push", upper, "--name", "draft", **env).stdout
+    assert first.startswith("draft@1  rank ")
+    assert "before" not in first
+    assert inside("push", reverse, "--name", "draft", **env).stdout.endswith("  draft meant draft@1 before\n")
+    assert inside("rollback", "draft", **env).stdout == "draft means draft@1 now, before draft@2\n"
+    assert inside("rollback", "draft", "--to", 1, **env).stdout == "draft means draft@1 already\n"
+    assert_refused(inside("rollback", "draft", **env), "nothing to roll back to")
+    assert_refused(inside("rollback", "draft@1", **env), "Roll back a name")
+    again = inside("push", reverse, "--name", "draft", **env).stdout
+    assert "no new version: these very files are there" in again
+    assert "draft meant draft@1 before" in again
+    assert json.loads(inside("rollback", "draft", "--to", 1, "--json", **env).stdout)["previous"] == "draft@2"
+    assert inside("rm", "draft@1", **env).stdout == "deleted draft@1; draft means draft@2 now\n"
+    table = inside("history", "draft", **env).stdout
+    assert all(word in table for word in ("local", "push", "rollback", "delete", "draft@1", "draft@2"))
+    rows = json.loads(inside("history", "draft", "--json", **env).stdout)["data"]
+    assert [row["action"] for row in rows] == ["delete", "rollback", "push", "rollback", "push", "push"]
+    latest = json.loads(inside("history", "--limit", 2, "--json", **env).stdout)
+    assert latest["data"] == rows[:2]
+    assert latest["total"] > len(rows)
+    assert "operator" in inside("history", **env).stdout, "the server's folders"
+    assert inside("rm", "draft", **env).stdout == "deleted draft@2\n"
 
 
 # -- starting -------------------------------------------------------------------------------------------------

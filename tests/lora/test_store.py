@@ -156,13 +156,6 @@ def test_leftovers_are_swept_at_start(tmp_path: Path):
         assert store.digests() == {digest}
 
 
-def test_one_process_a_folder(tmp_path: Path):
-    with AdapterStore(tmp_path):
-        with pytest.raises(StartupError, match="in use"):
-            AdapterStore(tmp_path)
-    AdapterStore(tmp_path).close()
-
-
 def test_a_folder_that_cannot_be_used(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StartupError, match="--data-dir"):
@@ -406,15 +399,6 @@ def test_a_source_that_breaks_while_it_is_copied(
         patch.setattr("loraplex.lora.store.read_chunks", broken)
         with pytest.raises(AdapterInvalid, match="Input/output"), store.import_folder(llama_adapter.folder):
             raise AssertionError("not reached")
-
-
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def unsupported(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", unsupported)
-    with AdapterStore(tmp_path) as store:
-        put(store)
 
 
 def test_the_digest_of_two_files_is_what_it_was(store: AdapterStore):

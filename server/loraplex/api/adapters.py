@@ -1,20 +1,28 @@
-"""/v1/adapters: upload, list, look, delete."""
+"""/v1/adapters: upload, list, look, roll back, delete; who did it, and when."""
 
 import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
+from loraplex.api.auth import caller_of
 from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
-from loraplex.errors import LoraplexError
+from loraplex.errors import InvalidRequest, LoraplexError, ModelNotFound
+from loraplex.lora.event import Event
 from loraplex.lora.files import FILES, REQUIRED
 from loraplex.lora.version import Version
 from loraplex.routing.names import parse_model
+from loraplex.service import Service
 
 router = APIRouter(prefix="/v1/adapters")
+audit_router = APIRouter(prefix="/v1/audit")
+
+Offset = Annotated[int, Query(ge=0)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
 
 _BATCH_BYTES = 1 << 20
 
@@ -31,7 +39,7 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
                 name = body.finish()
             finally:
                 body.close()
-            accepted = await service.accept_upload(name, staging)
+            accepted = await service.accept_upload(name, staging, caller_of(request))
     except ClientDisconnect:
         metrics.uploads.labels("broken_off").inc()
         return Response(status_code=499)  # nobody reads it
@@ -42,6 +50,7 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
     report = {
         **describe(accepted.version),
         "is_new": accepted.created,
+        "previous": accepted.previous and accepted.previous.model_id,
         "ignored": dict(accepted.ignored),
         "notes": list(accepted.notes),
     }
@@ -65,42 +74,90 @@ async def _receive(request: Request, body: AdapterUpload) -> None:
 @router.get("")
 async def list_adapters(
     service: TheService,
-    offset: Annotated[int, Query(ge=0)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+    offset: Offset = 0,
+    limit: Limit = 1000,
 ) -> dict[str, Any]:
+    """What every name means; of a name that has no version for this base its newest incompatible one."""
     versions = await asyncio.to_thread(service.catalog.page, offset, limit)
     stats = await service.stats()
-    data = [
-        {
-            **describe(version),
-            **_tier(version, stats.ram_digests, stats.device_digests),
-            "state": version.state if service.catalog.is_served(version) else "other_base",
-        }
-        for version in versions
-    ]
+    data = [{**describe(version), **_tier(version, stats.ram_digests, stats.device_digests)} for version in versions]
     total = await asyncio.to_thread(service.catalog.registry.count)
     return {"object": "list", "data": data, "offset": offset, "total": total}
 
 
 @router.get("/{model}")
 async def get_adapter(model: str, service: TheService) -> dict[str, Any]:
+    """A version, by default the one that the name means. `versions`: all numbers of the name, newest first; `current`:
+    the one it means; `incompatible`: those that were checked on another base."""
     ref = parse_model(model)
-    version = await asyncio.to_thread(service.catalog.get, ref.name, ref.version)
+    registry = service.catalog.registry
+    version = await asyncio.to_thread(registry.look, ref.name, ref.version)
     stats = await service.stats()
-    versions = await asyncio.to_thread(service.catalog.registry.versions, ref.name)
+    versions = await asyncio.to_thread(registry.versions, ref.name)
+    current = await _current(service, ref.name)
     return {
         **describe(version),
         **_tier(version, stats.ram_digests, stats.device_digests),
+        "current": current and current.version,
         "versions": [v.version for v in versions],
+        "incompatible": [v.version for v in versions if not service.catalog.is_served(v)],
     }
 
 
+class RollbackRequest(BaseModel):
+    """`version` None: the one before the last push."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: int | None = Field(None, ge=1)
+
+
+@router.post("/{name}/rollback")
+async def roll_back(
+    name: str, request: Request, service: TheService, body: RollbackRequest | None = None
+) -> dict[str, Any]:
+    """Make the name mean an earlier version again. Running requests keep theirs."""
+    if parse_model(name).version is not None:
+        raise InvalidRequest(f"Roll back a name, not {name[:80]!r}; the version to go to is `version` in the body.")
+    change = await service.rollback_adapter(name, body.version if body else None, who=caller_of(request))
+    return {**describe(change.version), "previous": change.previous and change.previous.model_id}
+
+
 @router.delete("/{model}")
-async def delete_adapter(model: str, service: TheService) -> dict[str, Any]:
-    """Forget a name with all its versions, or one version. Running requests keep theirs."""
+async def delete_adapter(model: str, request: Request, service: TheService) -> dict[str, Any]:
+    """Forget a name with all its versions for this base, or one version. Running requests keep theirs."""
     ref = parse_model(model)
-    deleted = await service.delete_adapter(ref.name, ref.version)
-    return {"name": ref.name, "deleted": [version.model_id for version in deleted]}
+    deleted = await service.delete_adapter(ref.name, ref.version, who=caller_of(request))
+    current = await _current(service, ref.name)
+    return {
+        "name": ref.name,
+        "deleted": [version.model_id for version in deleted],
+        "current": current and current.model_id,
+    }
+
+
+@router.get("/{name}/history")
+async def history(name: str, service: TheService, offset: Offset = 0, limit: Limit = 100) -> dict[str, Any]:
+    """The changes of a name, deleted or not, latest first."""
+    return await _events(service, parse_model(name).name, offset, limit)
+
+
+@audit_router.get("")
+async def audit(service: TheService, offset: Offset = 0, limit: Limit = 100) -> dict[str, Any]:
+    """The changes of all names, latest first."""
+    return await _events(service, None, offset, limit)
+
+
+async def _events(service: Service, name: str | None, offset: int, limit: int) -> dict[str, Any]:
+    events, total = await asyncio.to_thread(service.catalog.history, name, offset, limit)
+    return {"object": "list", "data": [_describe_event(event) for event in events], "offset": offset, "total": total}
+
+
+async def _current(service: Service, name: str) -> Version | None:
+    try:
+        return await asyncio.to_thread(service.catalog.get, name)
+    except ModelNotFound:
+        return None
 
 
 def describe(version: Version) -> dict[str, Any]:
@@ -123,6 +180,19 @@ def describe(version: Version) -> dict[str, Any]:
         "profile": facts.profile,
         "created": int(version.created_at.timestamp()),
         "source": version.source,
+    }
+
+
+def _describe_event(event: Event) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "object": "event",
+        "at": event.at.isoformat(timespec="milliseconds"),
+        "who": event.who,
+        "action": event.action,
+        "name": event.name,
+        "version": event.version,
+        **event.detail,
     }
 
 

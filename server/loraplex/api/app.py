@@ -44,6 +44,7 @@ def create_app(service: Service) -> FastAPI:
     install_error_handlers(app)
     app.include_router(openai.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(adapters.router, max_body_size=upload_bytes)
+    app.include_router(adapters.audit_router, max_body_size=MAX_BODY_BYTES)
     app.include_router(tokens.router, max_body_size=MAX_BODY_BYTES)
     _add_probes(app, service)
     if settings.api_key is not None:

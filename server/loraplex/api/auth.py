@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex.api.errors import error_body
+from loraplex.lora.event import LOCAL
 
 OPEN_PATHS = ("/health", "/ready", "/version")
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
@@ -18,6 +19,12 @@ LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 def tenant_of(request: Request) -> bytes:
     """The salt of the caller's KV blocks: a hash of the key, or b"" where no key is asked for."""
     return getattr(request.state, "tenant", b"")
+
+
+def caller_of(request: Request) -> str:
+    """Who asks, for the audit trail: the beginning of the key's SHA-256, or `LOCAL` where no key is asked for."""
+    tenant = tenant_of(request)
+    return f"key:{tenant[:4].hex()}" if tenant else LOCAL
 
 
 class ApiKeyMiddleware:

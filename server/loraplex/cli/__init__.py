@@ -18,6 +18,8 @@ app.command("demo")(demo.demo)
 app.command("push")(adapters.push)
 app.command("ls")(adapters.ls)
 app.command("rm")(adapters.rm)
+app.command("rollback")(adapters.rollback)
+app.command("history")(adapters.history)
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,4 +1,4 @@
-"""`loraplex push`, `ls`, `rm`: clients of a running server (LORAPLEX_URL, LORAPLEX_API_KEY)."""
+"""`loraplex push`, `ls`, `rm`, `rollback`, `history`: clients of a running server (LORAPLEX_URL, LORAPLEX_API_KEY)."""
 
 import json
 from contextlib import ExitStack
@@ -9,6 +9,7 @@ from urllib.parse import quote
 import httpx2
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -50,7 +51,9 @@ def push(
     if json_output:
         _print_json(reply)
         return
-    news = "" if reply["is_new"] else "  (unchanged: the newest version has these very files)"
+    news = "" if reply["is_new"] else "  (no new version: these very files are there)"
+    if reply["previous"] not in (None, reply["id"]):
+        news += f"  {reply['name']} meant {reply['previous']} before"
     facts = f"rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes"
     console = Console()
     console.print(f"{reply['id']}  {facts}{news}", highlight=False, soft_wrap=True)
@@ -67,7 +70,7 @@ def ls(json_output: Json = False) -> None:
     if json_output:
         _print_json(reply)
         return
-    table = Table("name", "version", "rank", "modules", "bytes", "tier", "source")
+    table = Table("name", "version", "rank", "modules", "bytes", "tier", "source", "state")
     for row in reply["data"]:
         values = (
             row["name"],
@@ -77,6 +80,7 @@ def ls(json_output: Json = False) -> None:
             row["bytes"],
             row["tier"],
             row["source"],
+            row["state"],
         )
         table.add_row(*map(str, values))
     Console().print(table)
@@ -88,7 +92,43 @@ def rm(name: Annotated[str, typer.Argument(help="name or name@version")], json_o
     if json_output:
         _print_json(reply)
     else:
-        Console().print(f"deleted {', '.join(reply['deleted'])}")
+        meant = f"; {reply['name']} means {reply['current']} now" if reply["current"] else ""
+        Console().print(f"deleted {', '.join(reply['deleted'])}{meant}", highlight=False, soft_wrap=True)
+
+
+def rollback(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    to: Annotated[int | None, typer.Option(help="Version to go to. [default: the one before the last push]")] = None,
+    json_output: Json = False,
+) -> None:
+    """Make a name mean an earlier version again; running requests finish on theirs."""
+    body = {} if to is None else {"version": to}
+    reply = _request("POST", f"/v1/adapters/{quote(name, safe='@')}/rollback", json=body)
+    if json_output:
+        _print_json(reply)
+    elif reply["previous"] == reply["id"]:
+        Console().print(f"{name} means {reply['id']} already", highlight=False, soft_wrap=True)
+    else:
+        Console().print(f"{name} means {reply['id']} now, before {reply['previous']}", highlight=False, soft_wrap=True)
+
+
+def history(
+    name: Annotated[str | None, typer.Argument(help="Name of the adapter. [default: all]")] = None,
+    limit: Annotated[int, typer.Option(help="Changes to show, the latest.", min=1, max=1000)] = 50,
+    json_output: Json = False,
+) -> None:
+    """Show who changed an adapter, when and how, latest first."""
+    path = "/v1/audit" if name is None else f"/v1/adapters/{quote(name, safe='@')}/history"
+    reply = _request("GET", path, params={"limit": limit})
+    if json_output:
+        _print_json(reply)
+        return
+    table = Table("at", "who", "what", "version", "before", "since")
+    for row in reply["data"]:
+        version = row["name"] if row["version"] is None else f"{row['name']}@{row['version']}"
+        values = (row["at"], row["who"], row["action"], version, row.get("was") or "", row.get("now") or "")
+        table.add_row(*map(escape, values))
+    Console().print(table)
 
 
 class _Counted:

@@ -35,6 +35,9 @@ def serve(
     adapters: Annotated[Path | None, typer.Option(help="Folder of PEFT adapter folders to serve by name.")] = None,
     lora_modules: Annotated[list[str] | None, typer.Option(help="name=path of a PEFT folder; repeatable.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Uploads and the registry.")] = None,
+    registry_url: Annotated[
+        str | None, typer.Option(help="Database of the registry. [default: SQLite in the data folder]")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. [default: 8000]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,

@@ -1,72 +1,65 @@
-"""Registry: which versions of which adapters exist, and the files they are made of.
+"""Registry: which versions of which adapters exist, what a name means, the files they are made of, and who changed it.
 
 A version is named here only after its files are durable in the store, and files leave the store only after no
-version names them. Version numbers of a name only grow, also over deletion.
+version names them. Version numbers of a name only grow, also over deletion. Every change writes its Event in its own
+transaction.
+
+What a name means is decided by precedence: of its ready versions on the base the one with the highest. A push gives
+the next higher one; a rollback sets those above its target to 0, so it undoes pushes as a stack does, and a later push
+is on top again. Versions with 0 count only where there is no other: then the newest.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
-from sqlalchemy import URL, Connection, Row, Select, create_engine, event, func, insert, select, update
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy import URL, ColumnElement, Connection, Select, case, func, insert, select, true, update
 
-from loraplex.errors import AdapterConflict, InvalidRequest, ModelNotFound, StartupError, StorageFull
+from loraplex.errors import AdapterConflict, InvalidRequest, ModelNotFound
+from loraplex.lora.database import Database
 from loraplex.lora.digest import validate_digest
+from loraplex.lora.event import DELETE, PUSH, ROLLBACK, Event
 from loraplex.lora.facts import AdapterFacts
-from loraplex.lora.tables import adapters, versions
-from loraplex.lora.version import Version
+from loraplex.lora.rows import event_of_row, row_of_version, version_of_row
+from loraplex.lora.steps import Step, unwatched
+from loraplex.lora.tables import adapters, events, identity, versions
+from loraplex.lora.version import DELETED, INCOMPATIBLE, READY, Version
 from loraplex.routing.names import validate_name
 
-READY = "ready"
-DELETED = "deleted"
-
-_MIGRATIONS = Path(__file__).parent / "migrations"
 _MAX_SOURCE_CHARS = 1024
-_LOCK_SECONDS = 30
-_OF_VERSION = [column for column in versions.c if column.name not in ("deleted_at", "precedence")]
+_MAX_NAME_CHARS = 64
+_BY_PRECEDENCE = (versions.c.precedence.desc(), versions.c.version.desc())
+_IS_READY = versions.c.state == READY
 
 
-def sqlite_url(path: Path) -> URL:
-    """The URL of the SQLite database `path`."""
-    return URL.create("sqlite", database=str(path))
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a name means now, and what it meant before (None: nothing). `is_new`: the version was created."""
+
+    version: Version
+    previous: Version | None
+    is_new: bool = False
 
 
 class Registry:
-    """The registry in the database `url`, brought to this release's tables when it opens.
+    """The registry in the database `url`, as seen by one who serves the base `base_fingerprint`: versions of other
+    bases are INCOMPATIBLE, which are listed, and never what a name means.
 
-    Any thread may call any method. Writes are one at a time and durable when they return (SQLite: write-ahead log,
-    synchronous=FULL). Every method raises StorageFull when the database refuses. Closed by `close` or as a
-    `with`. Raises StartupError when the database cannot be opened or was made by a newer release.
+    Any thread may call any method, and several processes may share the database. Changes are durable when they return.
+    Every method raises StorageFull when the database refuses. Closed by `close` or as a `with`. Raises StartupError
+    when the database cannot be opened or was made by a newer release.
     """
 
-    def __init__(self, url: str | URL):
-        try:
-            engine = create_engine(url)
-            if engine.dialect.name == "sqlite":
-                event.listen(engine, "connect", _prepare_sqlite)
-                event.listen(engine, "begin", _begin_sqlite)
-            self._engine = engine
-            self._writer = engine.execution_options(loraplex_writes=True)
-            with self._writer.begin() as connection:
-                config = Config()
-                config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
-        except (SQLAlchemyError, CommandError) as cause:
-            raise StartupError(
-                f"The registry cannot be opened: {_short(cause)}. Check --data-dir; if a newer release of "
-                "loraplex wrote it, use that release or a fresh folder."
-            ) from cause
+    def __init__(self, url: str | URL, base_fingerprint: str, step: Step = unwatched):
+        self._database = Database(url)
+        self._base = base_fingerprint
+        self._step = step
+        self._is_mine = _IS_READY & (versions.c.base_fingerprint == base_fingerprint)
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self._database.close()
 
     def __enter__(self) -> "Registry":
         return self
@@ -74,261 +67,322 @@ class Registry:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def identity(self) -> str:
+        """What tells this registry from any other: 32 hexadecimal digits."""
+        with self._database.reading() as connection:
+            return connection.execute(select(identity.c.id)).scalar_one()
+
+    # -- changes ----------------------------------------------------------------------------------------------
+
     def publish(
         self,
         name: str,
         digest: str,
         facts: AdapterFacts,
         *,
-        base_fingerprint: str,
         source: str,
-        new_version: bool = False,
+        who: str,
         report: Mapping[str, Any] | None = None,
         proof: Mapping[str, Any] | None = None,
         parent: str | None = None,
-    ) -> tuple[Version, bool]:
-        """Make `digest` the newest version of `name`; the flag says whether a version was created.
+    ) -> Change:
+        """Make `name` mean the files `digest`.
 
-        A name without ready versions gets its next number. If the newest ready version has this digest on this base,
-        that version is returned and nothing is created. Any other digest is an AdapterConflict, unless
-        `new_version`. Raises InvalidName.
+        If a ready version of the name on this base is made of them, it is that version; else they become the next
+        version. Raises InvalidName.
         """
         validate_name(name)
         validate_digest(digest)
-        with self._writing() as connection:
-            last = connection.execute(
-                select(adapters.c.last_version).where(adapters.c.name == name).with_for_update()
-            ).scalar()
-            row = connection.execute(_newest(name)).first()
-            if row is not None:
-                newest = _version(row)
-                if (newest.digest, newest.base_fingerprint) == (digest, base_fingerprint):
-                    return newest, False
-                if not new_version:
-                    raise AdapterConflict(
-                        f"The name {name!r} is taken: {newest.model_id} holds other files. Choose another "
-                        "name, ask for a new version, or delete the adapter first.",
-                        param="name",
-                    )
-            version = Version(
-                name=name,
-                version=(last or 0) + 1,
-                digest=digest,
-                base_fingerprint=base_fingerprint,
-                state=READY,
-                created_at=datetime.now(UTC),
-                # a path may hold bytes that are no text
-                source=source[:_MAX_SOURCE_CHARS].encode(errors="replace").decode(),
-                facts=facts,
-                report=report,
-                proof=proof,
-                parent=parent,
-            )
+        new = Version(
+            name=name,
+            version=0,
+            digest=digest,
+            base_fingerprint=self._base,
+            state=READY,
+            created_at=datetime.now(UTC),
+            # a path may hold bytes that are no text
+            source=source[:_MAX_SOURCE_CHARS].encode(errors="replace").decode(),
+            facts=facts,
+            report=report,
+            proof=proof,
+            parent=None if parent is None else parent[:_MAX_NAME_CHARS],
+        )
+
+        def change(connection: Connection) -> Change:
+            self._step("publish: begun")
+            last = self._lock(connection, name)
+            previous = self._current(connection, name)
+            if previous is not None and previous.digest == digest:
+                return Change(previous, previous)
+            same = self._first(connection, self._mine(name).where(versions.c.digest == digest))
+            if same is not None:
+                connection.execute(update(versions).where(_is(same)).values(precedence=self._top(connection, name)))
+                self._record(connection, who, PUSH, same, was=previous, now=same, is_new=False)
+                return Change(same, previous)
+            version = replace(new, version=(last or 0) + 1)
             if last is None:
                 connection.execute(insert(adapters).values(name=name, last_version=version.version))
             else:
                 connection.execute(update(adapters).where(adapters.c.name == name).values(last_version=version.version))
-            connection.execute(insert(versions).values(_row(version)))
-            return version, True
+            self._step("publish: numbered")
+            row = {**row_of_version(version), "state": READY, "precedence": self._top(connection, name)}
+            connection.execute(insert(versions).values(row))
+            self._step("publish: version written")
+            self._record(connection, who, PUSH, version, was=previous, now=version, is_new=True, source=new.source)
+            self._step("publish: event written")
+            return Change(version, previous, is_new=True)
 
-    def get(self, name: str, version: int | None = None) -> Version:
-        """The newest ready version of `name`, or exactly `version`. Raises ModelNotFound."""
-        query = _newest(name)
-        if version is not None:
-            query = query.where(versions.c.version == version)
-        with self._reading() as connection:
-            row = connection.execute(query).first()
-            if row is None:
-                raise ModelNotFound(_why_not_found(connection, name, version), param="model")
-        return _version(row)
+        changed = self._database.write(change)
+        self._step("publish: committed")
+        return changed
 
-    def list(self, offset: int = 0, limit: int | None = None) -> Sequence[Version]:
-        """The newest ready version of every name, by name."""
-        if offset < 0 or (limit is not None and limit < 0):
-            raise InvalidRequest("offset and limit count adapters, so they are not negative. Leave them out for all.")
-        newest = (
-            select(versions.c.name, func.max(versions.c.version).label("version"))
-            .where(versions.c.state == READY)
-            .group_by(versions.c.name)
-            .order_by(versions.c.name)
-            .offset(offset)
-            .limit(limit)
-            .subquery()
-        )
-        query = (
-            select(*_OF_VERSION)
-            .join(newest, (versions.c.name == newest.c.name) & (versions.c.version == newest.c.version))
-            .order_by(versions.c.name)
-        )
-        return self._versions(query)
+    def rollback(self, name: str, to: int | None = None, *, who: str) -> Change:
+        """Make `name` mean the version `to` again, by default the one that it meant before the last push.
 
-    def versions(self, name: str) -> Sequence[Version]:
-        """The ready versions of `name`, newest first; empty if there are none."""
-        return self._versions(_newest(name, limit=None))
+        The versions that went live after it are withdrawn: `name` does not come back to them by itself, only to
+        `name@n`, by another rollback `to` them or by a push of their files. Raises ModelNotFound, and AdapterConflict
+        when there is nothing to roll back to.
+        """
 
-    def count(self) -> int:
-        """How many names have a ready version."""
-        query = select(func.count(versions.c.name.distinct())).where(versions.c.state == READY)
-        with self._reading() as connection:
-            return connection.execute(query).scalar_one()
+        def change(connection: Connection) -> Change:
+            self._step("rollback: begun")
+            self._lock(connection, name)
+            current = self._current(connection, name)
+            if current is None:
+                raise self._not_found(connection, name, None)
+            target = self._before(connection, current) if to is None else self._exactly(connection, name, to)
+            if target == current:
+                return Change(current, current)
+            above = self._precedence(connection, target)
+            if above == 0:  # withdrawn itself: it comes back on top
+                chosen = update(versions).where(_is(target)).values(precedence=self._top(connection, name))
+            else:
+                chosen = (
+                    update(versions)
+                    .where(self._is_mine, versions.c.name == name, versions.c.precedence > above)
+                    .values(precedence=0)
+                )
+            connection.execute(chosen)
+            self._step("rollback: others withdrawn")
+            self._record(connection, who, ROLLBACK, target, was=current, now=target)
+            self._step("rollback: event written")
+            return Change(target, current)
 
-    def delete(self, name: str, version: int | None = None) -> Sequence[Version]:
-        """Delete `version` of `name`, or all its versions; returns them as they were. Raises ModelNotFound.
+        changed = self._database.write(change)
+        self._step("rollback: committed")
+        return changed
+
+    def delete(self, name: str, version: int | None = None, *, who: str) -> Sequence[Version]:
+        """Delete `version` of `name`, which may be incompatible, or all its versions on this base; returns them as they
+        were, oldest first. Raises ModelNotFound.
 
         Only the registry forgets them: running requests hold the files, and the store's sweep removes them
         later.
         """
-        which = (versions.c.name == name) & (versions.c.state == READY)
+        which = (versions.c.name == name) & (self._is_mine if version is None else _IS_READY)
         if version is not None:
             which &= versions.c.version == version
-        with self._writing() as connection:
-            rows = connection.execute(select(*_OF_VERSION).where(which)).all()
-            if not rows:
-                raise ModelNotFound(_why_not_found(connection, name, version), param="model")
+
+        def change(connection: Connection) -> Sequence[Version]:
+            self._step("delete: begun")
+            self._lock(connection, name)
+            deleted = self._all(connection, select(versions).where(which).order_by(versions.c.version))
+            if not deleted:
+                raise self._not_found(connection, name, version)
+            was = self._current(connection, name)
             connection.execute(update(versions).where(which).values(state=DELETED, deleted_at=datetime.now(UTC)))
-            return tuple(map(_version, rows))
+            self._step("delete: version marked")
+            now = self._current(connection, name)
+            for one in deleted:
+                self._record(connection, who, DELETE, one, was=was, now=now)
+            self._step("delete: event written")
+            return deleted
+
+        changed = self._database.write(change)
+        self._step("delete: committed")
+        return changed
+
+    # -- questions --------------------------------------------------------------------------------------------
+
+    def get(self, name: str, version: int | None = None) -> Version:
+        """What `name` means, or exactly `version`, to be served. Raises ModelNotFound, also for INCOMPATIBLE ones."""
+        with self._database.reading() as connection:
+            if version is not None:
+                return self._exactly(connection, name, version)
+            current = self._current(connection, name)
+            if current is None:
+                raise self._not_found(connection, name, None)
+            return current
+
+    def look(self, name: str, version: int | None = None) -> Version:
+        """As `get`, to be shown: an INCOMPATIBLE version, too. Raises ModelNotFound."""
+        query = select(versions).where(versions.c.name == name, _IS_READY).order_by(*self._mine_first())
+        if version is not None:
+            query = query.where(versions.c.version == version)
+        with self._database.reading() as connection:
+            found = self._first(connection, query)
+            if found is None:
+                raise self._not_found(connection, name, version)
+            return found
+
+    def list(self, offset: int = 0, limit: int | None = None) -> Sequence[Version]:
+        """What every name means, by name; of a name that means nothing on this base its newest INCOMPATIBLE version."""
+        rank = func.row_number().over(partition_by=versions.c.name, order_by=self._mine_first()).label("place")
+        ranked = select(versions.c.name, versions.c.version, rank).where(_IS_READY).subquery()
+        query = (
+            select(versions)
+            .join(ranked, (versions.c.name == ranked.c.name) & (versions.c.version == ranked.c.version))
+            .where(ranked.c.place == 1)
+            .order_by(versions.c.name)
+        )
+        with self._database.reading() as connection:
+            return self._all(connection, _page(query, offset, limit))
+
+    def versions(self, name: str) -> Sequence[Version]:
+        """The versions of `name` that are not deleted, newest first; empty if there are none."""
+        query = select(versions).where(versions.c.name == name, _IS_READY).order_by(versions.c.version.desc())
+        with self._database.reading() as connection:
+            return self._all(connection, query)
+
+    def count(self) -> int:
+        """How many names have a version that is not deleted."""
+        query = select(func.count(versions.c.name.distinct())).where(_IS_READY)
+        with self._database.reading() as connection:
+            return connection.execute(query).scalar_one()
+
+    def events(self, name: str | None = None, offset: int = 0, limit: int | None = None) -> tuple[Sequence[Event], int]:
+        """The changes of `name` or of all names, latest first, and how many there are. Raises ModelNotFound for a name
+        that never was."""
+        which = true() if name is None else events.c.name == name
+        query = _page(select(events).where(which).order_by(events.c.id.desc()), offset, limit)
+        with self._database.reading() as connection:
+            total = connection.execute(select(func.count(events.c.id)).where(which)).scalar_one()
+            if name is not None and not total and not self._was_ever(connection, name):
+                raise self._not_found(connection, name, None)
+            return tuple(map(event_of_row, connection.execute(query))), total
 
     def live_digests(self) -> frozenset[str]:
-        """The digests that a ready version names; the store's sweep keeps them."""
-        with self._reading() as connection:
-            query = select(versions.c.digest).where(versions.c.state == READY).distinct()
-            return frozenset(connection.execute(query).scalars())
+        """The digests that a version names, of whatever base; the store's sweep keeps them."""
+        with self._database.reading() as connection:
+            return frozenset(connection.execute(select(versions.c.digest).where(_IS_READY).distinct()).scalars())
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if a version is newer than its name's last number."""
-        query = (
+        """Raise AssertionError if a version is newer than its name's last number, or two share a precedence."""
+        beyond = (
             select(versions.c.name, versions.c.version)
             .join(adapters, adapters.c.name == versions.c.name)
             .where(versions.c.version > adapters.c.last_version)
         )
-        with self._reading() as connection:
-            assert (row := connection.execute(query).first()) is None, f"{row} is beyond its name's last version"
+        doubled = select(versions.c.name).where(versions.c.precedence > 0)
+        doubled = doubled.group_by(versions.c.name, versions.c.precedence).having(func.count() > 1)
+        with self._database.reading() as connection:
+            assert (row := connection.execute(beyond).first()) is None, f"{row} is beyond its name's last version"
+            assert (row := connection.execute(doubled).first()) is None, f"two versions of {row} have one precedence"
 
-    def _versions(self, query: Select[Any]) -> Sequence[Version]:
-        with self._reading() as connection:
-            return tuple(map(_version, connection.execute(query)))
+    # -- within a transaction ---------------------------------------------------------------------------------
 
-    @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        try:
-            with self._engine.connect() as connection:
-                yield connection
-        except SQLAlchemyError as cause:
-            raise StorageFull(f"The registry cannot be read: {_short(cause)}. Check the data directory.") from cause
+    def _lock(self, connection: Connection, name: str) -> int | None:
+        """The name's last number. Until the transaction ends others who change the name wait."""
+        query = select(adapters.c.last_version).where(adapters.c.name == name)
+        return connection.execute(query.with_for_update()).scalar()
 
-    @contextmanager
-    def _writing(self) -> Iterator[Connection]:
-        try:
-            with self._writer.begin() as connection:
-                yield connection
-        except IntegrityError as cause:
-            # two servers on one database (not SQLite, whose writers wait for each other) gave out the same number
-            raise AdapterConflict("The same name was published at the same time. Try again.", param="name") from cause
-        except SQLAlchemyError as cause:
-            raise StorageFull(
-                f"The registry refuses a change: {_short(cause)}. Check the disk of the data directory, then try again."
-            ) from cause
+    def _mine(self, name: str) -> Select[Any]:
+        return select(versions).where(versions.c.name == name, self._is_mine).order_by(*_BY_PRECEDENCE)
 
+    def _mine_first(self) -> tuple[ColumnElement[Any], ...]:
+        return (case((versions.c.base_fingerprint == self._base, 0), else_=1), *_BY_PRECEDENCE)
 
-def _newest(name: str, limit: int | None = 1) -> Select[Any]:
-    return (
-        select(*_OF_VERSION)
-        .where(versions.c.name == name, versions.c.state == READY)
-        .order_by(versions.c.version.desc())
-        .limit(limit)
-    )
+    def _current(self, connection: Connection, name: str) -> Version | None:
+        return self._first(connection, self._mine(name))
 
+    def _exactly(self, connection: Connection, name: str, version: int) -> Version:
+        found = self._first(connection, self._mine(name).where(versions.c.version == version))
+        if found is None:
+            raise self._not_found(connection, name, version)
+        return found
 
-def _row(version: Version) -> dict[str, Any]:
-    facts = version.facts
-    return {
-        "name": version.name,
-        "version": version.version,
-        "state": version.state,
-        "digest": version.digest,
-        "base_fingerprint": version.base_fingerprint,
-        "rank": facts.rank,
-        "alpha": facts.alpha,
-        "use_rslora": facts.use_rslora,
-        "num_modules": facts.num_modules,
-        "target_modules": list(facts.target_modules),
-        "dtype": facts.dtype,
-        "nbytes": facts.nbytes,
-        "num_values": facts.num_values,
-        "text_files": dict(facts.text_files),
-        "profile": None if facts.profile is None else dict(facts.profile),
-        "source": version.source,
-        "created_at": version.created_at,
-        "precedence": version.version,
-        "report": None if version.report is None else dict(version.report),
-        "proof": None if version.proof is None else dict(version.proof),
-        "parent": version.parent,
-    }
+    def _before(self, connection: Connection, current: Version) -> Version:
+        earlier = self._mine(current.name).where(
+            versions.c.precedence > 0, versions.c.precedence < self._precedence(connection, current)
+        )
+        target = self._first(connection, earlier)
+        if target is None:
+            raise AdapterConflict(
+                f"There is nothing to roll back to: no version of {current.name!r} that is still there went live "
+                f"before {current.model_id}. Name the version to roll back to, or push another.",
+                param="version",
+            )
+        return target
 
+    def _precedence(self, connection: Connection, version: Version) -> int:
+        return connection.execute(select(versions.c.precedence).where(_is(version))).scalar_one()
 
-def _version(row: Row[Any]) -> Version:
-    created_at: datetime = row.created_at
-    facts = AdapterFacts(
-        rank=row.rank,
-        alpha=row.alpha,
-        use_rslora=row.use_rslora,
-        num_modules=row.num_modules,
-        target_modules=tuple(row.target_modules),
-        dtype=row.dtype,
-        nbytes=row.nbytes,
-        num_values=row.num_values,
-        text_files=row.text_files,
-        profile=row.profile,
-    )
-    return Version(
-        name=row.name,
-        version=row.version,
-        digest=row.digest,
-        base_fingerprint=row.base_fingerprint,
-        state=row.state,
-        # SQLite drops the zone; what is stored is UTC
-        created_at=created_at if created_at.tzinfo else created_at.replace(tzinfo=UTC),
-        source=row.source,
-        facts=facts,
-        report=row.report,
-        proof=row.proof,
-        parent=row.parent,
-    )
+    def _top(self, connection: Connection, name: str) -> int:
+        """A precedence above all that the name's versions have, deleted ones included."""
+        highest = connection.execute(select(func.max(versions.c.precedence)).where(versions.c.name == name)).scalar()
+        return (highest or 0) + 1
 
+    def _first(self, connection: Connection, query: Select[Any]) -> Version | None:
+        row = connection.execute(query.limit(1)).first()
+        return None if row is None else version_of_row(row, self._base)
 
-def _why_not_found(connection: Connection, name: str, version: int | None) -> str:
-    ready = connection.execute(
-        select(versions.c.version)
-        .where(versions.c.name == name, versions.c.state == READY)
-        .order_by(versions.c.version)
-    )
-    numbers = [str(number) for number in ready.scalars()]
-    if numbers and version is not None:
-        return f"The adapter {name!r} has no version {version}. Its versions are {', '.join(numbers[-10:])}."
-    known = connection.execute(select(adapters.c.name).where(adapters.c.name == name)).first()
-    if known:
-        return f"The adapter {name!r} was deleted. Push it again, or choose another; GET /v1/models lists them."
-    return f"There is no adapter {name[:64]!r}. GET /v1/models lists those there are."
+    def _all(self, connection: Connection, query: Select[Any]) -> Sequence[Version]:
+        return tuple(version_of_row(row, self._base) for row in connection.execute(query))
+
+    def _record(
+        self,
+        connection: Connection,
+        who: str,
+        action: str,
+        version: Version,
+        *,
+        was: Version | None,
+        now: Version | None,
+        **detail: Any,
+    ) -> None:
+        meant = {"was": was and was.model_id, "now": now and now.model_id}
+        connection.execute(
+            insert(events).values(
+                at=datetime.now(UTC),
+                who=who[:128],
+                action=action,
+                name=version.name,
+                version=version.version,
+                detail={"digest": version.digest, **meant, **detail},
+            )
+        )
+
+    def _was_ever(self, connection: Connection, name: str) -> bool:
+        return connection.execute(select(adapters.c.name).where(adapters.c.name == name)).first() is not None
+
+    def _not_found(self, connection: Connection, name: str, version: int | None) -> ModelNotFound:
+        there = select(versions).where(versions.c.name == name, _IS_READY).order_by(versions.c.version)
+        found = self._all(connection, there)
+        foreign = [one.model_id for one in found if one.state == INCOMPATIBLE]
+        numbers = [str(one.version) for one in found]
+        if foreign and (len(foreign) == len(found) if version is None else f"{name}@{version}" in foreign):
+            which = ", ".join(foreign[-10:]) if version is None else f"{name}@{version}"
+            return ModelNotFound(
+                f"{which!r} was checked on another base model than the one served now, so it is not served. Push it "
+                "again to have it checked on this one, or delete it by name and version.",
+                param="model",
+                code="adapter_incompatible",
+            )
+        if numbers and version is not None:
+            message = f"The adapter {name!r} has no version {version}. Its versions are {', '.join(numbers[-10:])}."
+        elif self._was_ever(connection, name):
+            message = f"The adapter {name!r} was deleted. Push it again, or choose another; GET /v1/models lists them."
+        else:
+            message = f"There is no adapter {name[:64]!r}. GET /v1/models lists those there are."
+        return ModelNotFound(message, param="model")
 
 
-def _prepare_sqlite(connection: Any, _: Any) -> None:
-    # transactions are begun by _begin_sqlite, not by the driver, which begins them late and never for reads
-    connection.isolation_level = None
-    for pragma in (
-        f"busy_timeout={_LOCK_SECONDS * 1000}",
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-    ):
-        connection.execute(f"PRAGMA {pragma}").close()
+def _is(version: Version) -> ColumnElement[bool]:
+    return (versions.c.name == version.name) & (versions.c.version == version.version)
 
 
-def _begin_sqlite(connection: Connection) -> None:
-    # a writer that begins as a reader cannot wait for another writer: SQLite would refuse it at once
-    writes = connection.get_execution_options().get("loraplex_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _short(cause: Exception) -> str:
-    text = str(cause.orig if isinstance(cause, DBAPIError) else cause)
-    return text.split("\n")[0][:200]
+def _page(query: Select[Any], offset: int, limit: int | None) -> Select[Any]:
+    if offset < 0 or (limit is not None and limit < 0):
+        raise InvalidRequest("offset and limit are counts, so they are not negative. Leave them out for all.")
+    return query.offset(offset).limit(limit)

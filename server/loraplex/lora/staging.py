@@ -10,6 +10,7 @@ from types import TracebackType
 from loraplex.errors import AdapterInvalid, AdapterTooLarge, StorageFull
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME, adapter_digest, text_sha256
 from loraplex.lora.files import AdapterFile
+from loraplex.lora.steps import Step, unwatched
 
 # Free space is looked up once in so many written bytes.
 _SPACE_CHECK_BYTES = 16 << 20
@@ -38,8 +39,9 @@ class StagedFile:
     is low.
     """
 
-    def __init__(self, path: Path, limit: int | None, check_space: Callable[[], None]):
+    def __init__(self, path: Path, limit: int | None, check_space: Callable[[], None], step: Step = unwatched):
         self._path = path
+        self._step = step
         self._limit = limit
         self._advice = "Send a smaller file, or none: it need not be there."
         if path.name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -55,6 +57,7 @@ class StagedFile:
             self._fd = os.open(path, flags, 0o600)
         except OSError as cause:
             raise storage_full(cause, f"a new {path.name}") from cause
+        step("stage: file opened")
 
     @property
     def sha256(self) -> bytes:
@@ -78,6 +81,7 @@ class StagedFile:
                 view = view[os.write(self._fd, view) :]
         except OSError as cause:
             raise storage_full(cause, f"{self._path.name}") from cause
+        self._step("stage: bytes written")
         self._sha.update(data)
         self.nbytes += size
 
@@ -89,6 +93,7 @@ class StagedFile:
             if kind is None:
                 os.fsync(self._fd)
                 self.complete = True
+                self._step("stage: file synced")
         except OSError as cause:
             raise storage_full(cause, f"{self._path.name}") from cause
         finally:
@@ -101,8 +106,11 @@ class Staging:
     After `AdapterStore.commit`, `folder` is the blob's. `digest` is known when config and weights are complete.
     """
 
-    def __init__(self, folder: Path, max_weights_bytes: int | None, check_space: Callable[[], None]):
+    def __init__(
+        self, folder: Path, max_weights_bytes: int | None, check_space: Callable[[], None], step: Step = unwatched
+    ):
         self.folder = folder
+        self._step = step
         self._max_weights_bytes = max_weights_bytes
         self._check_space = check_space
         self._files: dict[str, StagedFile] = {}
@@ -119,7 +127,7 @@ class Staging:
     def open(self, file: AdapterFile) -> StagedFile:
         """A `with` block to write `file` in."""
         limit = self._max_weights_bytes if file.max_bytes is None else file.max_bytes
-        self._files[file.name] = StagedFile(self.folder / file.name, limit, self._check_space)
+        self._files[file.name] = StagedFile(self.folder / file.name, limit, self._check_space, self._step)
         return self._files[file.name]
 
     def leave_out(self, names: Iterable[str]) -> None:

@@ -1,21 +1,19 @@
-"""AdapterStore: accepted adapters on disk, by digest.
+"""AdapterStore: accepted adapters on disk, by digest. Several processes may use one folder.
 
-    root/lock                          held by the one process that uses this folder
     root/blobs/<digest>/adapter_config.json, …         the files of `files.FILES`; complete, durable, never changed
-    root/staging/<random>/             uploads on their way and blobs on their way out; emptied at start
+    root/staging/<process>.<random>/   uploads on their way and blobs on their way out; the dead's are swept
+    root/locks                         who holds which blob, which process lives (`NameLocks`)
+    root/registry                      the identity of the registry whose versions these blobs are
 
 Accepted means durable: files are synced, then their folder, then it is renamed into `blobs`, then `blobs` is
 synced (a rename without that can be lost; Pillai et al., OSDI 2014). A blob goes only by `sweep`, when no
-version and no hold names it. Names never become paths; only digests do.
+version and no hold of any process names it. Names never become paths; only digests do.
 """
 
-import errno
-import fcntl
 import os
 import shutil
 import threading
 import uuid
-import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,7 +33,9 @@ from loraplex.lora.digest import (
 )
 from loraplex.lora.files import CONFIG, TEXT_FILES, WEIGHTS
 from loraplex.lora.headers import refuse_pickle_name
+from loraplex.lora.locks import NameLocks
 from loraplex.lora.staging import StagedFile, Staging, fsync_folder, storage_full
+from loraplex.lora.steps import Step, unwatched
 from loraplex.lora.text import shown
 
 
@@ -43,41 +43,75 @@ class AdapterStore:
     """The blobs below `root`. Any thread may call any method.
 
     `max_weights_bytes` bounds an upload's weights file; below `min_free_bytes` of free space nothing new is
-    taken. Raises StartupError when the folder cannot be used or another process uses it. Closed by `close` or
-    as a `with`.
+    taken. Raises StartupError when the folder cannot be used. Closed by `close` or as a `with`.
     """
 
-    def __init__(self, root: Path, *, max_weights_bytes: int = 4 << 30, min_free_bytes: int = 64 << 20):
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_weights_bytes: int = 4 << 30,
+        min_free_bytes: int = 64 << 20,
+        step: Step = unwatched,
+    ):
         self.blobs = root / "blobs"
         self._root = root
         self._staging = root / "staging"
+        self._process = uuid.uuid4().hex
         self._max_weights_bytes = max_weights_bytes
         self._min_free_bytes = min_free_bytes
-        self._holds: Counter[str] = Counter()
+        self._step = step
+        self._holds: Counter[str] = Counter()  # each digest's lock is shared while it is here
         self._lock = threading.Lock()  # guards _holds, and blobs against sweep
         self._commit_lock = threading.Lock()  # one commit at a time; taken before _lock, never after
         try:
             self.blobs.mkdir(parents=True, exist_ok=True)
             self._staging.mkdir(exist_ok=True)
-            self._close = weakref.finalize(self, os.close, _lock_folder(root))
-            for left in self._staging.iterdir():
-                _remove(left)
             fsync_folder(root)
+            self._locks = NameLocks(root / "locks")
+            try:
+                self._locks.share(self._process)
+                self._sweep_staging()
+            except OSError:
+                self._locks.close()
+                raise
         except OSError as cause:
             raise StartupError(
                 f"The data directory {root} cannot be used: {cause.strerror or cause}. "
-                "Give --data-dir a folder that this user may write."
+                "Give --data-dir a folder that this user may write, on a file system with locks."
             ) from cause
 
     def close(self) -> None:
-        """Let another process use the folder."""
-        self._close()
+        """Let go of everything that is held."""
+        self._locks.close()
 
     def __enter__(self) -> "AdapterStore":
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def bind(self, registry: str) -> None:
+        """Remember that the blobs are those of the registry with this identity. Raises StartupError if they are
+        another's: the sweep would remove every one of them."""
+        mark = self._root / "registry"
+        try:
+            with self._locks.alone("registry"):
+                if not mark.exists():
+                    new = self._new_path()
+                    with StagedFile(new, None, lambda: None) as file:
+                        file.write(registry.encode())
+                    os.rename(new, mark)
+                    fsync_folder(self._root)
+                bound = mark.read_text(errors="replace")
+        except (OSError, StorageFull) as cause:
+            raise StartupError(f"{mark} cannot be used: {cause}. Check the rights on the data directory.") from cause
+        if bound != registry:
+            raise StartupError(
+                f"The adapters in {self._root} belong to another registry ({shown(bound)}, not {registry}). Give the "
+                "--registry-url they were pushed with, or another --data-dir. If that registry is lost, and these "
+                f"files with it, remove {mark} to start anew: adapters without a version are then removed."
+            )
 
     @contextmanager
     def stage(self) -> Iterator[Staging]:
@@ -115,26 +149,37 @@ class AdapterStore:
         if its files were damaged. Raises AdapterInvalid (a file is missing) and StorageFull."""
         digest = staging.digest
         blob = self.blobs / digest
-        if staging.folder == blob:
-            return digest
-        with self._commit_lock:
-            if not staging.held:
-                with self._lock:
-                    self._holds[digest] += 1
-                staging.held = True
-            try:
-                if not self._is_intact(digest):
-                    fsync_folder(staging.folder)
-                    damaged = self._staging / uuid.uuid4().hex
-                    if blob.exists():
-                        os.rename(blob, damaged)
-                    os.rename(staging.folder, blob)
+        try:
+            if staging.folder == blob:  # whoever renamed it may not have come so far as to sync it
+                fsync_folder(self.blobs)
+                return digest
+            with self._commit_lock, self._locks.alone(f"commit {digest}"):
+                if not staging.held:
+                    self._hold(digest)
+                    staging.held = True
+                self._step("commit: held")
+                if self._is_intact(digest):
                     fsync_folder(self.blobs)
-                    _remove(damaged)
-            except OSError as cause:
-                raise storage_full(cause, f"the adapter {digest}") from cause
-            staging.folder = blob
+                else:
+                    self._put(staging.folder, blob)
+        except OSError as cause:
+            raise storage_full(cause, f"the adapter {digest}") from cause
+        staging.folder = blob
         return digest
+
+    def _put(self, folder: Path, blob: Path) -> None:
+        """Make `folder`, whose files are durable, the blob; one that is there is damaged."""
+        fsync_folder(folder)
+        self._step("commit: folder synced")
+        damaged = self._new_path()
+        if blob.exists():
+            os.rename(blob, damaged)
+            self._step("commit: damaged blob moved away")
+        os.rename(folder, blob)
+        self._step("commit: renamed")
+        fsync_folder(self.blobs)
+        self._step("commit: blobs synced")
+        _remove(damaged)
 
     def path(self, digest: str) -> Path:
         """The folder of the blob `digest`. Raises InvalidRequest for what is no digest."""
@@ -148,13 +193,24 @@ class AdapterStore:
             raise storage_full(cause, "a list of the adapters") from cause
 
     def acquire(self, digest: str) -> Path:
-        """Keep the blob `digest` from the sweep until as many `release`. Raises AdapterLoadFailed if it is gone."""
+        """Keep the blob `digest` from every process's sweep until as many `release`. Raises AdapterLoadFailed if it is
+        gone, StorageFull when there are no locks."""
         blob = self.path(digest)
-        with self._lock:
-            if not blob.is_dir():
-                raise AdapterLoadFailed(f"The files of the adapter {digest} are gone. Push the adapter again.")
-            self._holds[digest] += 1
+        try:
+            self._hold(digest)
+        except OSError as cause:
+            raise storage_full(cause, f"a lock on the adapter {digest}") from cause
+        if not blob.is_dir():
+            self.release(digest)
+            raise AdapterLoadFailed(f"The files of the adapter {digest} are gone. Push the adapter again.")
         return blob
+
+    def _hold(self, digest: str) -> None:
+        """The blob, if it is there, stays. It need not be."""
+        with self._lock:
+            if digest not in self._holds:
+                self._locks.share(digest)
+            self._holds[digest] += 1
 
     def release(self, digest: str) -> None:
         """The counterpart of `acquire`."""
@@ -163,6 +219,7 @@ class AdapterStore:
             self._holds[digest] -= 1
             if not self._holds[digest]:
                 del self._holds[digest]
+                self._locks.release(digest)
 
     @contextmanager
     def hold(self, digest: str) -> Iterator[Path]:
@@ -174,27 +231,53 @@ class AdapterStore:
             self.release(digest)
 
     def sweep(self, live: Callable[[], Iterable[str]]) -> list[str]:
-        """Remove every blob that is neither held nor among `live()`; returns their digests. Raises StorageFull.
+        """Remove every blob that no process holds and that is not among `live()`, and what dead processes left in
+        staging; returns the digests. Raises StorageFull.
 
-        `live` (the registry's `live_digests`) is called under the lock that ends holds: whoever publishes
-        inside a `stage` block is seen either as a hold or as a row.
+        `live` (the registry's `live_digests`) is asked again under the locks that end holds: whoever publishes inside a
+        `stage` block is seen either as a hold or as a row.
         """
         gone: list[Path] = []
         removed: list[str] = []
         try:
-            with self._lock:
-                keep = self._holds.keys() | set(live())
-                for digest in sorted(self.digests() - keep):
-                    gone.append(self._staging / uuid.uuid4().hex)
+            with self._lock, self._taking(self.digests() - self._holds.keys() - set(live())) as unheld:
+                self._step("sweep: locked")
+                for digest in sorted(unheld - set(live())):
+                    gone.append(self._new_path())
                     os.rename(self.blobs / digest, gone[-1])
                     removed.append(digest)
+                    self._step("sweep: renamed")
             fsync_folder(self.blobs)
+            self._step("sweep: synced")
+            self._sweep_staging()
         except OSError as cause:
             raise storage_full(cause, "the removal of unused adapters") from cause
         finally:
             for folder in gone:
                 _remove(folder)
+        self._step("sweep: removed")
         return removed
+
+    @contextmanager
+    def _taking(self, digests: Iterable[str]) -> Iterator[set[str]]:
+        """Those of `digests` that nobody holds; until the block ends nobody can."""
+        taken: set[str] = set()
+        try:
+            for digest in digests:
+                if self._locks.try_take(digest):
+                    taken.add(digest)
+            yield taken
+        finally:
+            for digest in taken:
+                self._locks.release(digest)
+
+    def _sweep_staging(self) -> None:
+        """Remove what processes that are no more left in staging. Raises OSError."""
+        for left in self._staging.iterdir():
+            process = left.name.partition(".")[0]
+            if process != self._process and self._locks.try_take(process):
+                _remove(left)
+                self._locks.release(process)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a hold is empty or a blob lacks a file."""
@@ -208,12 +291,13 @@ class AdapterStore:
     @contextmanager
     def _new_staging(self, max_weights_bytes: int | None) -> Iterator[Staging]:
         self._check_space()
-        folder = self._staging / uuid.uuid4().hex
+        folder = self._new_path()
         try:
             folder.mkdir(mode=0o700)
+            self._step("stage: folder made")
         except OSError as cause:
             raise storage_full(cause, "a new adapter") from cause
-        staging = Staging(folder, max_weights_bytes, self._check_space)
+        staging = Staging(folder, max_weights_bytes, self._check_space, self._step)
         try:
             yield staging
         finally:
@@ -224,12 +308,15 @@ class AdapterStore:
     @contextmanager
     def _holding(self, digest: str) -> Iterator[Path]:
         """A hold on a blob that may not exist."""
-        with self._lock:
-            self._holds[digest] += 1
+        self._hold(digest)
         try:
             yield self.blobs / digest
         finally:
             self.release(digest)
+
+    def _new_path(self) -> Path:
+        """A path in staging that is this process's to make and to clear away."""
+        return self._staging / f"{self._process}.{uuid.uuid4().hex}"
 
     def _is_intact(self, digest: str) -> bool:
         try:
@@ -249,27 +336,8 @@ class AdapterStore:
             )
 
 
-def _lock_folder(root: Path) -> int:
-    """A descriptor that holds the exclusive lock of `root`; the system ends the lock with the process."""
-    fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise StartupError(
-            f"The data directory {root} is in use by another loraplex. Stop that one, or give this one its "
-            "own --data-dir."
-        ) from None
-    except OSError as cause:
-        # some network file systems have no locks; there the operator has to see to it
-        if cause.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            os.close(fd)
-            raise
-    return fd
-
-
 def _remove(path: Path) -> None:
-    # what cannot be removed now is removed at the next start
+    # what cannot be removed now is removed by the sweep after this process has ended
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

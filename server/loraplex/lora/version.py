@@ -7,12 +7,17 @@ from typing import Any
 
 from loraplex.lora.facts import AdapterFacts
 
+READY = "ready"
+INCOMPATIBLE = "incompatible"
+"""Ready, and checked on another base than that of whoever asks."""
+DELETED = "deleted"
+
 
 @dataclass(frozen=True, slots=True)
 class Version:
     """`name@version`. `digest` identifies its files, `base_fingerprint` the base it was checked on.
 
-    `state` is "ready" or "deleted"; `created_at` is in UTC; `source` says where it came from ("upload", a
+    `state` is READY, INCOMPATIBLE or DELETED; `created_at` is in UTC; `source` says where it came from ("upload", a
     folder). `report` and `proof` (JSON objects; None: there is none) are what its checks found when it was accepted;
     `parent` is the name of the base or adapter it was made from, as whoever sent it says.
     """

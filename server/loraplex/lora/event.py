@@ -1,0 +1,30 @@
+"""Event: a change of the registry: who did what to which adapter, and when."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+PUSH = "push"
+ROLLBACK = "rollback"
+DELETE = "delete"
+
+LOCAL = "local"
+"""Somebody on a server that asks for no key."""
+OPERATOR = "operator"
+"""Whoever started the server, with its flags and folders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`id` grows with every change; `at` is what the clock said (UTC). `who` is LOCAL, OPERATOR, or "key:" and the
+    beginning of the SHA-256 of the caller's key. `detail` is a JSON object: the digest of the files, what the name
+    meant before (`was`) and means since (`now`)."""
+
+    id: int
+    at: datetime
+    who: str
+    action: str
+    name: str
+    version: int | None
+    detail: Mapping[str, Any] = field(hash=False)
