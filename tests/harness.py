@@ -74,7 +74,7 @@ class World:
         for place in range(self.runner.pool.num_places):
             self.runner.pool.clear(place)
         self.runner.config = resized(self.config, **sizes)
-        engine = Engine(self.runner, read or self.read)
+        engine = Engine(self.runner, lambda digest, on_files: (read or self.read)(digest))
         try:
             yield engine
             engine.check_integrity()

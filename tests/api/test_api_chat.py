@@ -200,5 +200,11 @@ def test_metrics(client):
     assert "red" in info.labels["running_lora_adapters"].split(",")
     assert info.labels["waiting_lora_adapters"] == ""
     assert value_of(after["loraplex_adapter_cache_bytes"]) > 0
+    loads = {
+        (s.name.rpartition("_")[2], s.labels["phase"]): s.value for s in after["loraplex_adapter_load_seconds"].samples
+    }
+    for phase in ("disk", "convert", "copy"):
+        assert loads["count", phase] >= 1
+        assert loads["sum", phase] > 0
     ttft = {s.name: s.value for s in after["vllm:time_to_first_token_seconds"].samples if "bucket" not in s.name}
     assert ttft["vllm:time_to_first_token_seconds_count"] >= 1

@@ -47,6 +47,8 @@ def test_forty_adapters_through_five_in_ram_and_three_places(world: World, alone
         stats = engine.stats()
     assert stats.num_loads >= NUM_ADAPTERS
     assert stats.num_ram_evictions >= NUM_ADAPTERS - IN_RAM
+    assert stats.load_seconds["disk"].count == stats.load_seconds["convert"].count == stats.num_loads
+    assert stats.load_seconds["copy"].count >= NUM_ADAPTERS
     assert stats.max_distinct_adapters == PLACES
     assert stats.ram_bytes <= stats.ram_budget
 

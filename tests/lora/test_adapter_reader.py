@@ -373,6 +373,26 @@ class TestRead:
             adapter.reader().read(digest)
 
 
+def test_one_reader_reads_many_as_many_readers_do(llama: Base, tmp_path: Path):
+    """What it remembers of one adapter is right for the next: same recipe, other values; same header, other config."""
+    recipes = [{"lora_alpha": 8}, {"lora_alpha": 8}, {"lora_alpha": 32}, {"lora_alpha": 8, "r": 2}]
+    digests = []
+    for index, recipe in enumerate(recipes):
+        folder = tmp_path / str(index)
+        save_with_peft(llama, folder, **{"r": 4, "target_modules": ["q_proj", "v_proj"], **recipe})
+        adapter = Adapter(folder, llama).edit(lambda tensors, by=index + 1: {k: v * by for k, v in tensors.items()})
+        digests.append(adapter.reader().check(folder).digest)
+        folder.rename(tmp_path / digests[-1])
+    one = Adapter(tmp_path / digests[0], llama).reader()
+    called: list[str] = []
+    for digest in [*digests, *digests]:
+        weights = one.read(digest, lambda digest=digest: called.append(digest))
+        alone = Adapter(tmp_path / digest, llama).reader().read(digest)
+        assert torch.equal(weights.slab, alone.slab)
+        assert weights.modules == alone.modules
+    assert called == [*digests, *digests]
+
+
 def test_no_heavy_imports():
     """The reader runs on a bare GPU machine."""
     import subprocess

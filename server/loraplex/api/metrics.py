@@ -8,11 +8,13 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from loraplex import __version__
+from loraplex.engine.durations import BOUNDS
 from loraplex.engine.engine import EngineStats
 from loraplex.engine.messages import FinishReason
 from loraplex.errors import NotReady
@@ -121,6 +123,16 @@ class Metrics:
         capacity = GaugeMetricFamily("loraplex_adapter_cache_capacity_bytes", "Budget of the tier", labels=("tier",))
         capacity.add_metric(("ram",), stats.ram_budget)
         yield capacity
+        loads = HistogramMetricFamily(
+            "loraplex_adapter_load_seconds",
+            "An adapter's way: its files read and verified, converted, put into its place",
+            labels=("phase",),
+        )
+        for phase, durations in stats.load_seconds.items():
+            bounds = [*map(str, BOUNDS), "+Inf"]
+            buckets = list(zip(bounds, accumulate(durations.counts), strict=True))
+            loads.add_metric((phase,), buckets, durations.seconds)
+        yield loads
         config = self._service.info.config
         names = self._names_by_digest()
         info = GaugeMetricFamily(

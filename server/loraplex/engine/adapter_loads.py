@@ -4,26 +4,35 @@ Single-flight by construction: the scheduler starts a load only for what is neit
 collected by the engine thread with `poll()`; `on_finish` is called from a worker thread and only wakes the engine.
 """
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from loraplex.errors import AdapterLoadFailed, LoraplexError
 
 if TYPE_CHECKING:
     from loraplex.lora.weights import LoRAWeights
 
-ReadAdapter = Callable[[str], "LoRAWeights"]
-"""digest -> weights, called in a worker thread; raises AdapterLoadFailed or OSError."""
+
+class ReadAdapter(Protocol):
+    def __call__(self, digest: str, on_files: Callable[[], object], /) -> "LoRAWeights":
+        """The adapter, called in a worker thread. `on_files` is called when its files are in memory and verified, and
+        only their conversion is left. Raises AdapterLoadFailed or OSError."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedLoad:
+    """`disk_seconds`: reading and verifying the files; `convert_seconds`: from them to the weights."""
+
     digest: str
     weights: "LoRAWeights | None" = None
     error: LoraplexError | None = None
+    disk_seconds: float = 0.0
+    convert_seconds: float = 0.0
 
 
 class AdapterLoads:
@@ -57,8 +66,13 @@ class AdapterLoads:
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, digest: str) -> None:
+        marks = [time.perf_counter()]
         try:
-            result = FinishedLoad(digest, weights=self._read(digest))
+            weights = self._read(digest, lambda: marks.append(time.perf_counter()))
+            started, read = marks[0], marks[-1]
+            result = FinishedLoad(
+                digest, weights, disk_seconds=read - started, convert_seconds=time.perf_counter() - read
+            )
         except LoraplexError as error:
             result = FinishedLoad(digest, error=error)
         except Exception as error:  # a load must answer, whatever happens in it

@@ -5,11 +5,13 @@ places]; every LoRA layer sees its row as a `ModulePool`. A stack of E experts h
 (see `ExpertTable`). Written only by the runner, between forward passes.
 """
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 
+from loraplex.engine.durations import Durations
 from loraplex.lora.weights import Extra, LoRAWeights, ModuleDelta, ModuleShape
 from loraplex.ops import ModulePool
 
@@ -25,6 +27,7 @@ class AdapterPool:
         size = (len(linears), num_places)
         self._slabs: list[torch.Tensor | None] = [None] * num_places
         self._digests: list[str | None] = [None] * num_places
+        self.copies = Durations()  # of `load`; a copy that the device does by itself counts as far as the host waits
         self._is_additive = [True] * num_places
         self.extras: dict[str, list[Extra | None]] = {name: [None] * num_places for name in targets}
         # Written on the host, so that nothing here waits for the device.
@@ -53,6 +56,7 @@ class AdapterPool:
 
     def load(self, place: int, weights: LoRAWeights) -> None:
         """Put an adapter into `place`, over whatever stood there."""
+        started = time.perf_counter()
         self.clear(place)
         slab = weights.slab.to(self._device, non_blocking=True)
         weights = replace(weights, slab=slab)
@@ -75,6 +79,7 @@ class AdapterPool:
                 if extra is not None and extra.rows is not None:
                     extra = replace(extra, rows=extra.rows.to(self._device))
                 self.extras[name][place] = extra
+        self.copies.observe(time.perf_counter() - started)
 
     def clear(self, place: int) -> None:
         self._slabs[place] = None

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from loraplex.engine.adapter_places import AdapterPlaces
 from loraplex.engine.adapter_proofs import AdapterProofs
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.durations import DurationCounts, Durations
 from loraplex.engine.eviction import eviction_policy
 from loraplex.engine.messages import (
     Command,
@@ -49,6 +50,7 @@ class EngineStats:
     ram_digests: tuple[str, ...]
     device_digests: tuple[str, ...]
     waiting_digests: tuple[str, ...]
+    load_seconds: Mapping[str, DurationCounts]  # of an adapter's way: "disk", "convert", "copy" (into its place)
     max_distinct_adapters: int  # most adapters that ran in one step so far
 
 
@@ -75,6 +77,7 @@ class Engine:
         self._num_failed_steps = 0
         self._num_generated = 0
         self._num_loads = 0
+        self._disk, self._convert = Durations(), Durations()
         self._max_distinct = 0
 
     # -- coming and going -------------------------------------------------------------------------------------
@@ -141,6 +144,9 @@ class Engine:
         outputs = []
         for load in self.loads.poll():
             self._num_loads += 1
+            if load.weights is not None:
+                self._disk.observe(load.disk_seconds)
+                self._convert.observe(load.convert_seconds)
             self.proofs.finish_load(load)
             outputs += self.scheduler.finish_load(load)
         return outputs
@@ -211,6 +217,11 @@ class Engine:
             ram_digests=tuple(self.cache),
             device_digests=tuple(self.places.digests),
             waiting_digests=tuple({d for seq in scheduler.waiting for d in seq.digests}),
+            load_seconds={
+                "disk": self._disk.counts,
+                "convert": self._convert.counts,
+                "copy": self.runner.pool.copies.counts,
+            },
             max_distinct_adapters=self._max_distinct,
         )
 

@@ -9,12 +9,14 @@ Reading, hashing and converting let other threads run.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 
 from loraplex.errors import AdapterInvalid, AdapterLoadFailed, LoraplexError
 from loraplex.lora.assemble import Assembly, TensorOf
@@ -35,6 +37,8 @@ from loraplex.lora.plan import AdapterPlan, plan
 from loraplex.lora.tensors import FileTensors
 from loraplex.lora.text import shown
 from loraplex.lora.weights import LoRAWeights, ModuleShape, pack
+
+_MAX_PLANNED_BYTES = 1 << 20  # of headers whose plans are kept; one of 84 modules has 20 KB
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +76,7 @@ class AdapterReader:
 
     `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank. `tensor_of` gives the base's
     tensors, which adapters that are more than deltas are read against, `fingerprint` names the base; without it nothing
-    is stored. Holds no state between calls, so any number of threads may share it.
+    is stored. Any number of threads may share it.
     """
 
     def __init__(
@@ -90,18 +94,21 @@ class AdapterReader:
         self._targets = targets
         self._dtype = dtype
         self._max_rank = max_rank
+        self._plans: LRUCache[tuple[bytes, bytes, int], tuple[SafetensorsHeader, AdapterPlan]]
+        self._plans = LRUCache(_MAX_PLANNED_BYTES, getsizeof=lambda known: known[0].data_start)
+        self._lock = threading.Lock()  # guards _plans
 
-    def read(self, digest: str) -> LoRAWeights:
-        """The adapter `digest`, its files verified. Raises AdapterLoadFailed naming digest and cause."""
+    def read(self, digest: str, on_files: Callable[[], object] = lambda: None) -> LoRAWeights:
+        """The adapter `digest`, its files verified. `on_files` is called when they are in memory. Raises
+        AdapterLoadFailed naming digest and cause."""
         try:
             folder = self._root / validate_digest(digest)
             config_bytes = _read_file(folder / CONFIG_NAME, MAX_CONFIG_BYTES)
             data = _read_file(folder / WEIGHTS_NAME)
             if _digest_of(folder, config_bytes, data) != digest:
                 raise AdapterInvalid("its files no longer have the recorded SHA-256: the disk or someone changed them")
-            length = min(int.from_bytes(data[:8], "little"), MAX_HEADER_BYTES)
-            header = parse_header(bytes(data[: 8 + length]), len(data))
-            adapter_plan = self.plan(PeftConfig.from_bytes(bytes(config_bytes)), header)
+            on_files()
+            header, adapter_plan = self._planned(bytes(config_bytes), data)
             assembly = Assembly(adapter_plan, FileTensors(header, data), self._tensor_of)
             if not assembly.gained:
                 norms = {}
@@ -115,6 +122,21 @@ class AdapterReader:
             raise AdapterLoadFailed(
                 f"The adapter {digest[:64]} could not be loaded: {why}. Push the adapter again, or restore its files."
             ) from cause
+
+    def _planned(self, config: bytes, data: memoryview) -> tuple[SafetensorsHeader, AdapterPlan]:
+        """Header and plan of an accepted adapter. Those of one recipe have the same: planning is Python, and takes
+        longer than the rest that keeps other threads waiting."""
+        length = min(int.from_bytes(data[:8], "little"), MAX_HEADER_BYTES)
+        key = config, bytes(data[: 8 + length]), len(data)
+        with self._lock:
+            known = self._plans.get(key)
+        if known is None:
+            header = parse_header(key[1], len(data))
+            known = header, self.plan(PeftConfig.from_bytes(config), header)
+            if header.data_start <= _MAX_PLANNED_BYTES:
+                with self._lock:
+                    self._plans[key] = known
+        return known
 
     def check(self, folder: Path) -> Checked:
         """Everything that can be known of the adapter in `folder` before it is accepted.
