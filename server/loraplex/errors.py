@@ -10,9 +10,11 @@
     │   ├── PickleRefused           weights in a format that can run code
     │   ├── AdapterTooLarge         more bytes than this server accepts
     │   ├── AdapterConflict         the name is taken
-    │   └── AdapterLoadFailed       an accepted adapter could not be read back (disk, corruption)
+    │   ├── AdapterLoadFailed       an accepted adapter could not be read back (disk, corruption)
+    │   └── AdapterQuarantined      an accepted adapter gave NaN while it ran, and is not served until that is seen to
     ├── StorageFull                 the disk refuses
     ├── Overloaded                  the waiting queue is full; try again later
+    │   └── ProofTimedOut           the engine had no time to prove an adapter
     ├── NotReady                    starting, draining or dead
     ├── RequestFailed               an accepted request ended with an error inside the engine
     └── StartupError                a setting, model or device the server cannot start with
@@ -75,6 +77,10 @@ class AdapterLoadFailed(AdapterError):
     code = "adapter_load_failed"
 
 
+class AdapterQuarantined(AdapterError):
+    code = "adapter_quarantined"
+
+
 class StorageFull(LoraplexError):
     code = "insufficient_storage"
 
@@ -87,6 +93,10 @@ class Overloaded(LoraplexError):
     def __init__(self, message: str, *, retry_after: int = 1):
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class ProofTimedOut(Overloaded):
+    code = "proof_timeout"
 
 
 class NotReady(LoraplexError):

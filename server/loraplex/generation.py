@@ -11,17 +11,21 @@ from dataclasses import dataclass, field
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput, TokenLogprobs
 from loraplex.errors import (
+    AdapterInvalid,
     AdapterLoadFailed,
     ContextLengthExceeded,
     InvalidRequest,
     LoraplexError,
     NotReady,
     Overloaded,
+    ProofTimedOut,
     RequestFailed,
 )
 from loraplex.model.detokenizer import Detokenizer
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.stopping import StopMatcher
+
+PROOF_RETRY_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,10 @@ def as_error(failure: Failure) -> LoraplexError:
             return Overloaded(failure.message)
         case "adapter_load_failed" | "adapter_too_large":
             return AdapterLoadFailed(failure.message, code=failure.code)
+        case "proof_failed":
+            return AdapterInvalid(failure.message, param="weights", code=failure.code)
+        case "proof_timeout":
+            return ProofTimedOut(failure.message, retry_after=PROOF_RETRY_SECONDS)
         case "engine_stopped":
             return NotReady(failure.message)
         case _:

@@ -8,13 +8,14 @@ from rich.console import Console
 from rich.text import Text
 
 from loraplex import __version__
-from loraplex.cli import adapters, bench, demo, serve
+from loraplex.cli import adapters, bench, check, demo, serve
 from loraplex.errors import LoraplexError
 
 # No markup in help texts: it would swallow "[default: 8000]".
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
+app.command("check")(check.check)
 app.command("push")(adapters.push)
 app.command("ls")(adapters.ls)
 app.command("rm")(adapters.rm)
