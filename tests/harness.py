@@ -55,6 +55,7 @@ class World:
     ) -> list[str]:
         """Random adapters of these ranks; returns their digests."""
         digests = []
+        kwargs.setdefault("dtype", self.base.dtype)
         for seed, rank in enumerate(ranks, first_seed):
             weights = tiny.make_adapter(self.base.targets, rank=rank, seed=seed, only=only, **kwargs)
             self.adapters[weights.digest] = weights

@@ -17,6 +17,8 @@ from loraplex.engine import batch, block_manager
 from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.messages import AdapterUse, EngineRequest
+from loraplex.model import linear
+from loraplex.ops import numba_tiles, torch_ops
 from oracle import Oracle
 
 SCHEDULES_PER_MODEL = 40
@@ -166,17 +168,41 @@ def test_alone_equals_the_oracle(templates: Templates):
             assert (row - expected[position]).abs().max() <= 1e-4 * spread
 
 
+def run_schedules(templates: Templates, count: int = 12) -> None:
+    for seed in range(count):
+        templates.run_schedule(seed)
+
+
+PATHS = {
+    "bfloat16": (torch.bfloat16, None, None),
+    "bfloat16 without tiles": (torch.bfloat16, None, (numba_tiles, "has_tiles", lambda: False)),
+    "plain products": (torch.float32, None, (linear, "is_packed", lambda weight: False)),
+    "torch's ops": (torch.float32, torch_ops, None),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_random_schedules_on_every_kernel_path(path: str, monkeypatch: pytest.MonkeyPatch):
+    """Beside the usual one of float32. What oneDNN and torch do is theirs: bit-equal where the probe finds it so."""
+    dtype, ops, patch = PATHS[path]
+    if patch is not None:
+        monkeypatch.setattr(*patch)
+    world = make_world("llama", dtype, ops)
+    product = world.base.model.get_submodule("model.layers.0.mlp.down_proj").product
+    is_tiled = type(product).__name__ == "_TiledProduct"
+    assert is_tiled == (path == "bfloat16" and numba_tiles.has_tiles())
+    if is_tiled:
+        assert world.is_batch_invariant
+    if world.is_batch_invariant or dtype == torch.float32:
+        run_schedules(Templates(world))
+
+
 # -- teeth: each of these faults must be noticed ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def llama() -> Templates:
     return Templates(make_world("llama"))
-
-
-def run_schedules(templates: Templates, count: int = 12) -> None:
-    for seed in range(count):
-        templates.run_schedule(seed)
 
 
 def test_notices_a_segment_boundary_moved_by_one(llama: Templates, monkeypatch: pytest.MonkeyPatch):

@@ -59,6 +59,8 @@ class ModelRunner:
     def execute(self, batch: ScheduledBatch) -> list[RowResult]:
         """One step: adapters into their places, one forward pass for all rows, sampling. One result per entry."""
         for place, weights in batch.adapter_loads:
+            # kernels see addresses only
+            assert weights.slab.dtype == self.base.dtype, f"{weights.digest} is {weights.slab.dtype}"
             self.pool.load(place, weights)
         forward = self._buffers.build(batch, self.pool)
         logits, _ = self.forward(forward)
@@ -81,6 +83,8 @@ class ModelRunner:
     def logits(self, batch: ScheduledBatch) -> tuple[Tensor, PagedStep, tuple[LogitRows, ...]]:
         """The forward pass of a step without sampling, for proofs and tests."""
         for place, weights in batch.adapter_loads:
+            # kernels see addresses only
+            assert weights.slab.dtype == self.base.dtype, f"{weights.digest} is {weights.slab.dtype}"
             self.pool.load(place, weights)
         forward = self._buffers.build(batch, self.pool)
         logits, step = self.forward(forward)

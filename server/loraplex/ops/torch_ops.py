@@ -71,7 +71,7 @@ def shrink(x: Tensor, pool: ModulePool, lora: LoRASegments) -> Tensor:
     [num_rows, max_rank]; columns past the adapter's rank are undefined (here 0)."""
     s = torch.zeros(lora.num_rows, lora.max_rank, dtype=torch.float32, device=x.device)
     for start, end, place, _, offset in _segments(lora):
-        a, _ = _matrices(pool, place)
+        a = _matrix(pool, place, pool.offset_a, pool.in_features)
         s[offset : offset + end - start, : len(a)] = x[start:end].float() @ a.float().T
     return s
 
@@ -83,7 +83,7 @@ def expand(y: Tensor, s: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
     segment of rank 0 leaves y untouched.
     """
     for start, end, place, scale, offset in _segments(lora):
-        _, bt = _matrices(pool, place)
+        bt = _matrix(pool, place, pool.offset_b, pool.out_features)
         if len(bt) == 0:
             continue
         weighted = s[offset : offset + end - start, : len(bt)] * (pool.scaling[place] * scale)
@@ -107,14 +107,11 @@ def _segments(lora: LoRASegments) -> list[tuple[int, int, int, float, int]]:
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def _matrices(pool: ModulePool, place: int) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and Bᵀ [rank, out] of the adapter in `place`, views into its slab; rank 0 gives empty ones."""
+def _matrix(pool: ModulePool, place: int, offset: Tensor, columns: int) -> Tensor:
+    """[rank, columns] of the adapter in `place`, at its `offset` in its slab, a view; rank 0 gives an empty one. A pool
+    that serves one half alone has no other half to look at."""
     rank, slab = int(pool.rank[place]), pool.slabs[place]
     if rank == 0 or slab is None:
-        nothing = pool.scaling.new_empty(0)
-        return nothing.view(0, pool.in_features), nothing.view(0, pool.out_features)
-    a, bt = int(pool.offset_a[place]), int(pool.offset_b[place])
-    return (
-        slab[a : a + rank * pool.in_features].view(rank, pool.in_features),
-        slab[bt : bt + rank * pool.out_features].view(rank, pool.out_features),
-    )
+        return pool.scaling.new_empty(0, columns)
+    start = int(offset[place])
+    return slab[start : start + rank * columns].view(rank, columns)
