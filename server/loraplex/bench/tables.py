@@ -182,3 +182,34 @@ def number(value: float | None, digits: int) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
+
+
+def eviction_table(result: Mapping[str, Any], name: str, title: str) -> Table:
+    """Of `EvictionBench.run`: the figure `name` of every trace and policy."""
+    settings = result["settings"]
+    table = Table("trace", *result["policies"])
+    table.title = f"{title}: {settings['adapters']} adapters, RAM for {settings['in_ram']} of mean size"
+    for row in result["rows"]:
+        table.add_row(row["trace"], *(f"{row['policies'][policy][name]:.3f}" for policy in result["policies"]))
+    return table
+
+
+def tiers_table(result: Mapping[str, Any]) -> Table:
+    """Of `TiersBench.run`."""
+    settings, start, loads = result["settings"], result["start_seconds"], result["loads"]
+    count = settings["adapters"]
+    size = f"{result['adapter_bytes'] / 1e6:.2f} MB each"
+    table = Table("", "measured", title=f"{count} registered adapters, {size}, RAM for {settings['in_ram']}")
+    table.add_row("start, none registered", f"{start['none']:.2f} s")
+    table.add_row(f"start, {count} registered", f"{start['all']:.2f} s")
+    table.add_row("memory of an idle adapter", f"{result['idle_bytes_per_adapter']:.0f} bytes")
+    table.add_row(f"a page of {settings['page']}: median", f"{result['list']['page_p50_ms']:.1f} ms")
+    table.add_row("  the slowest", f"{result['list']['page_max_ms']:.1f} ms")
+    for path in ("/v1/models", "/metrics"):
+        table.add_row(f"{path}, all of them", f"{result['list'][path]:.1f} ms")
+    table.add_section()
+    for phase, milliseconds in loads["mean_ms"].items():
+        table.add_row(f"a load, {phase}", f"{milliseconds:.2f} ms")
+    used = [number / 1e6 for number in loads["anonymous"]]
+    table.add_row(f"anonymous memory over {loads['count']} loads", " ".join(f"{value:.0f}" for value in used) + " MB")
+    return table

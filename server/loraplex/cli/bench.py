@@ -163,6 +163,61 @@ def serve(
     raise typer.Exit(0 if done.is_good else 1)
 
 
+@app.command("tiers")
+def tiers(
+    adapters: Annotated[int, typer.Option(help="Adapters to register.", min=1)] = 2000,
+    rank: Annotated[int, typer.Option(help="Their rank.", min=1)] = 4,
+    in_ram: Annotated[int, typer.Option(help="Adapters that RAM holds.", min=1)] = 100,
+    loads: Annotated[int, typer.Option(help="Requests for adapters at random.", min=1)] = 2000,
+    repeats: Annotated[int, typer.Option(help="Of each start; medians are shown.", min=1)] = 3,
+    threads: Annotated[int, typer.Option(help="Compute threads.", min=1)] = 1,
+    json_output: Json = False,
+) -> None:
+    """What registered adapters cost a server of its own: its start, pages of the list, memory of an idle one; where the
+    time of loads goes, and memory over thousands of them."""
+    prepare_process()
+    from loraplex.bench.tables import tiers_table
+    from loraplex.bench.tiers import TiersBench, TiersSettings
+
+    settings = TiersSettings(adapters=adapters, rank=rank, in_ram=in_ram, loads=loads, repeats=repeats, threads=threads)
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        result = TiersBench(settings, lambda text: progress.update(task, description=text)).run()
+    if json_output:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(tiers_table(result))
+
+
+@app.command("eviction")
+def eviction(
+    adapters: Annotated[int, typer.Option(help="Adapters registered.", min=1)] = 1000,
+    in_ram: Annotated[int, typer.Option(help="Adapters of mean size that RAM holds.", min=1)] = 100,
+    requests: Annotated[int, typer.Option(help="Requests of each trace.", min=1)] = 20_000,
+    in_flight: Annotated[int, typer.Option(help="Requests at once, whose adapters stay.", min=1)] = 32,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_output: Json = False,
+) -> None:
+    """Replay traces of requests against the RAM tier: hit rates of the policies of --eviction, of the textbook's GDSF,
+    and of one that knows the future."""
+    prepare_process()
+    from loraplex.bench.eviction import EvictionBench, EvictionSettings
+    from loraplex.bench.tables import eviction_table
+
+    bench = EvictionBench(
+        EvictionSettings(adapters=adapters, in_ram=in_ram, requests=requests, in_flight=in_flight, seed=seed)
+    )
+    with _progress() as progress:
+        task = progress.add_task("traces", total=bench.num_replays)
+        result = bench.run(lambda: progress.advance(task))
+    if json_output:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    console = Console()
+    console.print(eviction_table(result, "hit_rate", "found in RAM"))
+    console.print(eviction_table(result, "byte_hit_rate", "bytes found in RAM"))
+
+
 @app.command("bars")
 def bars(
     rounds: Annotated[int, typer.Option(help="Rounds of bench step.", min=1)] = 12,
