@@ -111,6 +111,19 @@ def test_published_while_the_other_sweeps(ours: AdapterStore, theirs: AdapterSto
     assert ours.digests() == live
 
 
+def test_both_sweep(ours: AdapterStore, theirs: AdapterStore):
+    """Theirs comes between our list and our locks."""
+    digest = put(ours)
+
+    def look() -> frozenset[str]:
+        theirs.sweep(frozenset)
+        return frozenset()
+
+    assert ours.sweep(look) == []
+    assert not ours.digests()
+    assert put(ours) == digest
+
+
 def test_taken_up_while_the_other_sweeps(ours: AdapterStore, theirs: AdapterStore, step: Watched):
     """Whoever wants a blob that is being swept waits, and then knows that it is gone."""
     digest = put(ours)

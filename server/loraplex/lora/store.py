@@ -167,6 +167,12 @@ class AdapterStore:
         staging.folder = blob
         return digest
 
+    def let_go(self, staging: Staging) -> None:
+        """End the hold that `commit` took for the length of the staging, before that ends."""
+        if staging.held:
+            staging.held = False
+            self.release(staging.digest)
+
     def _put(self, folder: Path, blob: Path) -> None:
         """Make `folder`, whose files are durable, the blob; one that is there is damaged."""
         fsync_folder(folder)
@@ -242,7 +248,8 @@ class AdapterStore:
         try:
             with self._lock, self._taking(self.digests() - self._holds.keys() - set(live())) as unheld:
                 self._step("sweep: locked")
-                for digest in sorted(unheld - set(live())):
+                # again, since another process may have swept or published one before it was locked
+                for digest in sorted((unheld & self.digests()) - set(live())):
                     gone.append(self._new_path())
                     os.rename(self.blobs / digest, gone[-1])
                     removed.append(digest)

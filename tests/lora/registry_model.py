@@ -1,0 +1,90 @@
+"""What the registry and the store should hold after a list of operations: a slow, obviously right implementation."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+CONTENTS = tuple(b"weights %d" % number for number in range(5))
+"""The weights files that operations push, by number."""
+
+
+@dataclass
+class Name:
+    """`live` holds the versions in the order in which they went live, without those that were rolled back from."""
+
+    last: int = 0
+    ready: dict[int, int] = field(default_factory=dict)  # version -> number of its content
+    live: list[int] = field(default_factory=list)
+
+    @property
+    def current(self) -> int | None:
+        return self.live[-1] if self.live else max(self.ready, default=None)
+
+
+@dataclass
+class RegistryModel:
+    """An operation is (verb, name, number): push a content, rollback (to a version, or None), delete (a version, or
+    None for all). One that the registry refuses changes nothing here."""
+
+    names: dict[str, Name] = field(default_factory=dict)
+    events: list[tuple[str, str, int, int | None, int | None]] = field(default_factory=list)
+
+    def after(self, operation: tuple[str, str, int | None]) -> "RegistryModel":
+        """A copy of this after `operation`."""
+        changed = copy.deepcopy(self)
+        verb, name, number = operation
+        getattr(changed, verb)(name, number)
+        return changed
+
+    def push(self, name: str, content: int) -> None:
+        one = self.names.setdefault(name, Name())
+        was = one.current
+        if was is not None and one.ready[was] == content:
+            return
+        # of several the one that went live last, else the newest: a content has one version, so there is one at most
+        same = [version for version, of in one.ready.items() if of == content]
+        version = same[0] if same else one.last + 1
+        one.last = max(one.last, version)
+        one.ready[version] = content
+        one.live = [other for other in one.live if other != version] + [version]
+        self.events.append(("push", name, version, was, version))
+
+    def rollback(self, name: str, to: int | None) -> None:
+        one = self.names.get(name, Name())
+        was = one.current
+        if was is None:
+            return
+        if to is None:
+            to = one.live[-2] if len(one.live) > 1 else was
+        if to == was or to not in one.ready:
+            return
+        one.live = one.live[: one.live.index(to) + 1] if to in one.live else [*one.live, to]
+        self.events.append(("rollback", name, to, was, to))
+
+    def delete(self, name: str, version: int | None) -> None:
+        one = self.names.get(name, Name())
+        was = one.current
+        chosen = sorted(one.ready) if version is None else [version] if version in one.ready else []
+        for number in chosen:
+            del one.ready[number]
+            one.live = [other for other in one.live if other != number]
+        self.events += [("delete", name, number, was, one.current) for number in chosen]
+
+    def damage(self, name: str, content: int) -> None:
+        """Not the registry's matter."""
+
+    def sweep(self, name: str, number: int | None) -> None:
+        """Changes nothing that is named."""
+
+    def seen(self) -> dict[str, Any]:
+        """As `observed` sees the real one."""
+        names = {
+            name: {"versions": dict(sorted(one.ready.items())), "current": one.current}
+            for name, one in sorted(self.names.items())
+            if one.ready
+        }
+        return {"names": names, "events": self.events}
+
+    @property
+    def contents(self) -> set[int]:
+        return {content for one in self.names.values() for content in one.ready.values()}
