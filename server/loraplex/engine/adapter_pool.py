@@ -63,15 +63,17 @@ class AdapterPool:
         self._slabs[place] = slab
         self._digests[place] = weights.digest
         self._address[place] = slab.data_ptr()
+        entries = []
         for name, delta in weights.modules.items():
             if name in self._experts:
                 self._experts[name].load(place, slab, delta)
-                continue
-            row = self._row_of[name]
-            self._rank[row, place] = delta.rank
-            self._offset_a[row, place] = delta.offset_a
-            self._offset_b[row, place] = delta.offset_b
-            self._scaling[row, place] = delta.scaling
+            else:
+                entries.append((self._row_of[name], delta.rank, delta.offset_a, delta.offset_b, delta.scaling))
+        if entries:  # a column at once: one by one, the engine would wait a millisecond for every adapter
+            rows, *columns = zip(*entries, strict=True)
+            at = torch.tensor(rows)
+            for table, column in zip((self._rank, self._offset_a, self._offset_b, self._scaling), columns, strict=True):
+                table[at, place] = torch.tensor(column, dtype=table.dtype)
         if not weights.is_additive:
             self._is_additive[place] = False
             for name in weights.modules.keys() | weights.replaced.keys():
