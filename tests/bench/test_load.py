@@ -9,6 +9,7 @@ import pytest
 from fake_server import FIRST, GAP, FakeServer
 
 from loraplex.bench.arrivals import Arrivals, ClosedLoop, Poisson
+from loraplex.bench.dialect import Dialect
 from loraplex.bench.load import LoadResult, LoadTest, Workload
 from loraplex.bench.popularity import Popularity
 from loraplex.bench.prompts import Prompts
@@ -39,7 +40,7 @@ async def load(
 ) -> LoadResult:
     async with ServerUnderTest(fake.url, timeout=timeout) as server:
         prompts = Prompts(work.prompt_tokens, None if is_chat else list(range(100, 200)))
-        return await LoadTest(server, work, prompts, is_chat=is_chat).run(stop=stop)
+        return await LoadTest(server, work, prompts, Dialect(is_chat=is_chat)).run(stop=stop)
 
 
 async def test_times_are_attributed_to_the_request_that_had_them(fake: FakeServer):

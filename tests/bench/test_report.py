@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from loraplex.bench.arrivals import ClosedLoop
-from loraplex.bench.load import Dialect, LoadResult, Outcome, Workload
+from loraplex.bench.dialect import Dialect
+from loraplex.bench.load import LoadResult, Outcome, Workload
 from loraplex.bench.plot import require_plots, save_plot
 from loraplex.bench.popularity import Popularity
 from loraplex.bench.report import ServingRoofline, serve_report

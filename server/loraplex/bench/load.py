@@ -6,13 +6,14 @@ One asyncio loop; a request is one stream. Clock: time.perf_counter of this proc
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
 import numpy as np
 
 from loraplex.bench.arrivals import Arrivals
+from loraplex.bench.dialect import Dialect
 from loraplex.bench.popularity import Popularity
 from loraplex.bench.prompts import Prompts
 from loraplex.bench.server import BenchFailed, ServerUnderTest, describe_refusal
@@ -106,34 +107,6 @@ class Outcome:
         self.events += 1
 
 
-@dataclass(frozen=True, slots=True)
-class Dialect:
-    """What the server takes beyond the oldest of OpenAI's fields."""
-
-    is_chat: bool = False
-    ignore_eos: bool = True
-    include_usage: bool = True
-
-    @property
-    def path(self) -> str:
-        return "/v1/chat/completions" if self.is_chat else "/v1/completions"
-
-    def body(self, model: str, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": model, "max_tokens": max_tokens, "temperature": 0.0, "stream": True}
-        body |= {"messages": [{"role": "user", "content": prompt}]} if self.is_chat else {"prompt": prompt}
-        if self.ignore_eos:
-            body["ignore_eos"] = True
-        if self.include_usage:
-            body["stream_options"] = {"include_usage": True}
-        return body
-
-    def lesser(self) -> Iterator["Dialect"]:
-        """This one, and then with less and less of the newer fields."""
-        yield self
-        yield replace(self, ignore_eos=False)
-        yield replace(self, ignore_eos=False, include_usage=False)
-
-
 @dataclass(slots=True)
 class LoadResult:
     """`seconds`: from the first request that was due to the last that ended. `cpu_seconds`: of this process."""
@@ -161,11 +134,11 @@ class LoadResult:
 
 
 class LoadTest:
-    def __init__(self, server: ServerUnderTest, workload: Workload, prompts: Prompts, *, is_chat: bool = False):
+    def __init__(self, server: ServerUnderTest, workload: Workload, prompts: Prompts, dialect: Dialect | None = None):
         self._server = server
         self._workload = workload
         self._prompts = prompts
-        self._dialect = Dialect(is_chat=is_chat)
+        self._dialect = dialect or Dialect()
 
     async def warm_up(self, count: int) -> None:
         """Learn what the server takes, then ask the `count` most popular models for one token each.

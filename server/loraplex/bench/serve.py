@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from loraplex.bench.arrivals import Arrivals, ClosedLoop
+from loraplex.bench.dialect import Dialect
 from loraplex.bench.load import LoadResult, LoadTest, Outcome, Workload
 from loraplex.bench.machine import MachineLimits, measure_limits
 from loraplex.bench.popularity import Popularity
@@ -102,7 +103,7 @@ class ServeBench:
             workload = self._workload(facts)
             roofline, why_not = await self._roofline(server, facts, workload)
             prompts = await Prompts.of(server, facts, settings.prompt_tokens, is_chat=settings.is_chat)
-            load = LoadTest(server, workload, prompts, is_chat=settings.is_chat)
+            load = LoadTest(server, workload, prompts, Dialect(is_chat=settings.is_chat))
             self._watcher.phase("warm up", None)
             count = _MAX_WARM_UP if settings.warm_up is None else settings.warm_up
             await load.warm_up(min(count, len(workload.warm_models)))

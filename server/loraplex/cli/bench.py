@@ -1,4 +1,5 @@
-"""`loraplex bench`: measurements. `step` runs in process, `serve` asks a server over HTTP, `bars` does all of it."""
+"""`loraplex bench`: measurements. `step` runs in process, `serve` asks a server over HTTP, `bars` does all of it, and
+`peers` asks other servers the same."""
 
 import asyncio
 import json
@@ -7,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from loraplex.config import ClientSettings, prepare_process
 from loraplex.errors import InvalidRequest
@@ -236,26 +238,58 @@ def bars(
     from loraplex.bench.tables import bars_notes, bars_table
 
     settings = BarsSettings(rounds=rounds, requests=requests, many=many, threads=threads, pin=pin)
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
-
-        def show(text: str) -> None:
-            progress.update(task, description=text)
-            if progress.disable:
-                typer.echo(text, err=True)
-
+    with _shown() as show:
         result = Bars(settings, show).run()
-    text = json.dumps(result, indent=2)
-    if output is not None:
-        output.write_text(text + "\n", encoding="utf-8")
-    if json_output:
-        typer.echo(text)
-    else:
-        console = Console()
-        console.print(bars_table(result))
-        for line in bars_notes(result):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-    raise typer.Exit(1 if result["errors"] else 0)
+    _finish(result, bars_table, bars_notes, output, json_output)
+
+
+@app.command("peers")
+def peers(
+    llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's llama-server.")] = None,
+    llama_source: Annotated[Path | None, typer.Option(help="llama.cpp's source folder: its converters.")] = None,
+    llama_python: Annotated[
+        Path | None, typer.Option(help="Python with torch, transformers, sentencepiece for them. [default: this one]")
+    ] = None,
+    vllm_python: Annotated[Path | None, typer.Option(help="Python of vLLM's environment.")] = None,
+    peft_python: Annotated[Path | None, typer.Option(help="Python that has peft. [default: this one]")] = None,
+    clients: Annotated[str, typer.Option(help="Clients at once.")] = "1,32",
+    adapters: Annotated[str, typer.Option(help="Distinct adapters asked for in turn; 0: the base.")] = "0,1,8,32",
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.", min=1)] = 16,
+    rounds: Annotated[int, typer.Option(help="Requests of each client; at least 8 in all.", min=1)] = 2,
+    repeats: Annotated[int, typer.Option(help="Of everything; medians are shown.", min=1)] = 1,
+    folder: Annotated[Path | None, typer.Option(help="Keep model, adapters and logs here. [default: none]")] = None,
+    pin: Annotated[bool, typer.Option(help="The peer's compute on the last core, this client on the others.")] = True,
+    output: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.")] = None,
+    json_output: Json = False,
+) -> None:
+    """The same random Llama of 124.7 M parameters, adapters and workload through this server, llama.cpp's, vLLM's CPU
+    build and PEFT, in turn, each on one core with one compute thread. What is not there is skipped, and named.
+
+    64 tokens in, 32 out, greedy, streamed, bfloat16. Exit code 1: some request or peer failed.
+    """
+    prepare_process()
+    from loraplex.bench.peers.comparison import PeersBench, PeersSettings
+    from loraplex.bench.peers.llama_cpp import LlamaCpp
+    from loraplex.bench.peers.own import Loraplex
+    from loraplex.bench.peers.peft_mixed import PeftMixed
+    from loraplex.bench.peers.tables import peers_notes, peers_table
+    from loraplex.bench.peers.vllm_cpu import VllmCpu
+
+    counts = _numbers("adapters", adapters, 0)
+    settings = PeersSettings(
+        clients=_numbers("clients", clients, 1),
+        adapters=counts,
+        num_adapters=max(1, *counts),
+        rank=rank,
+        rounds=rounds,
+        repeats=repeats,
+        folder=folder,
+        pin=pin,
+    )
+    others = [LlamaCpp(llama_server, llama_source, llama_python), VllmCpu(vllm_python), PeftMixed(peft_python)]
+    with _shown() as show:
+        result = PeersBench(settings, [Loraplex(), *others], show).run()
+    _finish(result, peers_table, peers_notes, output, json_output)
 
 
 def _progress() -> Progress:
@@ -269,6 +303,41 @@ def _progress() -> Progress:
     console = Console(stderr=True)
     # Drawn rarely: this process shares the machine with what it measures.
     return Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=not sys.stderr.isatty())
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[str], None]]:
+    """Gives a function that shows what is being measured: under a spinner, or line by line on stderr."""
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+
+        def show(text: str) -> None:
+            progress.update(task, description=text)
+            if progress.disable:
+                typer.echo(text, err=True)
+
+        yield show
+
+
+def _finish(
+    result: dict[str, Any],
+    table: Callable[[dict[str, Any]], Table],
+    notes: Callable[[dict[str, Any]], list[str]],
+    output: Path | None,
+    json_output: bool,
+) -> NoReturn:
+    """Write and print the result; ends the command, with 1 if it has errors."""
+    text = json.dumps(result, indent=2)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    if json_output:
+        typer.echo(text)
+    else:
+        console = Console()
+        console.print(table(result))
+        for line in notes(result):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1 if result["errors"] else 0)
 
 
 @contextmanager
