@@ -1,6 +1,7 @@
 """An engine on a tiny model that can be driven step by step and whose logits are recorded."""
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,14 @@ class World:
             engine.check_integrity()
         finally:
             engine.close()
+
+
+def fingerprint(world: World) -> str:
+    """Of every byte of the base's parameters."""
+    digest = hashlib.sha256()
+    for name in sorted(name.replace(".base.", ".") for name, _ in world.base.model.named_parameters()):
+        digest.update(name.encode() + world.base.tensor_of(name).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def make_config(**sizes) -> EngineConfig:

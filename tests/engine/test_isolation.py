@@ -188,7 +188,7 @@ def test_random_schedules_on_every_kernel_path(path: str, monkeypatch: pytest.Mo
     if patch is not None:
         monkeypatch.setattr(*patch)
     world = make_world("llama", dtype, ops)
-    product = world.base.model.get_submodule("model.layers.0.mlp.down_proj").product
+    product = world.base.model.get_submodule("model.layers.0.mlp.down_proj").way.product
     is_tiled = type(product).__name__ == "_TiledProduct"
     assert is_tiled == (path == "bfloat16" and numba_tiles.has_tiles())
     if is_tiled:

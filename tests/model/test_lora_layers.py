@@ -1,7 +1,6 @@
 """LoRA layers: the base is never written, base-only steps run no LoRA op, every kind of linear adds its own delta."""
 
 import copy
-import hashlib
 
 import pytest
 import torch
@@ -9,19 +8,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tiny
-from harness import Driver, World, make_world, random_ids, request
+from harness import Driver, fingerprint, make_world, random_ids, request
 from loraplex.model.linear import is_packed
 from loraplex.model.lora_layers import BaseLinear, LoRALinear, weight_and_bias
 from loraplex.model.step_context import StepContext
 from loraplex.model.targets import base_of, linear_targets
 from loraplex.ops import torch_ops
-
-
-def fingerprint(world: World) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(name.replace(".base.", ".") for name, _ in world.base.model.named_parameters()):
-        digest.update(name.encode() + world.base.tensor_of(name).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize("model_type", list(tiny.CONFIGS))

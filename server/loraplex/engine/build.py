@@ -3,7 +3,6 @@
 Everything here runs on the engine's own thread: kernels are compiled and bound there.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
+from loraplex.engine.memory import available_memory
 from loraplex.engine.runner import ModelRunner
 from loraplex.errors import StartupError
 from loraplex.lora.weights import ModuleShape, slab_numel
@@ -50,6 +50,7 @@ class EngineSpec:
     max_model_len: int | None = None
     max_waiting: int = 1024
     block_size: int = 16
+    merge: str = "off"
     extra_eos_token_ids: frozenset[int] = frozenset()
 
     def num_places(self, device: torch.device) -> int:
@@ -135,6 +136,7 @@ def assemble_engine(
         num_blocks=memory.kv_tokens // spec.block_size,
         max_loras=spec.num_places(base.device),
         adapter_cache_bytes=spec.adapter_cache_bytes,
+        merge=spec.merge,
         eviction=spec.eviction,
         eos_token_ids=_ends_within(base.eos_token_ids | spec.extra_eos_token_ids, base.vocab_size),
     )
@@ -203,30 +205,6 @@ def plan_memory(
         ram_bytes=spec.adapter_cache_bytes,
         available_bytes=available,
     )
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now, with the limit of a Linux control group respected."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        meminfo = Path("/proc/meminfo").read_text(encoding="ascii")
-        fields = dict(line.split(":", 1) for line in meminfo.splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        available = max(available, pages)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        if limit != "max":
-            available = min(available, int(limit) - used)
-    except (OSError, ValueError):
-        pass
-    return max(0, available)
 
 
 def _ends_within(token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:

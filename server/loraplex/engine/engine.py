@@ -8,12 +8,14 @@ from typing import Any
 
 from loraplex.engine.adapter_cache import AdapterCache
 from loraplex.engine.adapter_loads import AdapterLoads, ReadAdapter
+from loraplex.engine.adapter_merges import AdapterMerges, MergeStatus
 from loraplex.engine.adapter_places import AdapterPlaces
 from loraplex.engine.adapter_proofs import AdapterProofs
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.durations import DurationCounts, Durations
 from loraplex.engine.eviction import eviction_policy
+from loraplex.engine.merge_policy import MergePolicy
 from loraplex.engine.messages import (
     Command,
     CommandResult,
@@ -52,6 +54,8 @@ class EngineStats:
     waiting_digests: tuple[str, ...]
     load_seconds: Mapping[str, DurationCounts]  # of an adapter's way: "disk", "convert", "copy" (into its place)
     max_distinct_adapters: int  # most adapters that ran in one step so far
+    merges: tuple[MergeStatus, ...]
+    num_merged_steps: int
 
 
 class EngineDied(Exception):
@@ -71,6 +75,8 @@ class Engine:
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
         self.proofs = AdapterProofs(runner, self.cache, self.scheduler)
+        policy = MergePolicy() if config.merge == "auto" else None
+        self.merges = AdapterMerges(runner, self.cache, self.scheduler, policy, on_load)
         self._sequences: dict[str, Sequence] = {}
         self.last_error: str | None = None  # the traceback of the latest failed step
         self._is_stalled = False
@@ -100,7 +106,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences) or self.proofs.has_work
+        return bool(self._sequences) or self.proofs.has_work or self.merges.has_work
 
     @property
     def is_stalled(self) -> bool:
@@ -114,7 +120,7 @@ class Engine:
         """One step for everything that can run. Raises EngineDied when it is no use going on."""
         outputs = self._take_loads() + self.scheduler.refuse_hopeless()
         seconds = self._run_batch(outputs) if self._sequences else None
-        answers = self._prove(seconds)
+        answers = self._prove(seconds) + self.merges.work()
         is_proving = self.proofs.has_work and not self.proofs.is_waiting
         self._is_stalled = seconds is None and not outputs and not answers and not is_proving
         return self._emit(outputs, answers)
@@ -128,11 +134,16 @@ class Engine:
         self._max_distinct = max(self._max_distinct, len({p for entry in batch.entries for p in entry.places}))
         try:
             results = self.runner.execute(batch)
+            self._watch(batch)
             outputs += self.scheduler.update(batch, results)
             self._num_failed_steps = 0
         except Exception as error:  # whatever it was: it ends this batch, not the server
             outputs += self._survive(batch, error)
         return time.perf_counter() - started
+
+    def _watch(self, batch: ScheduledBatch) -> None:
+        sole = batch.sole_adapter
+        self.merges.observe(sole, None if sole is None else batch.entries[0].seq.request.composition[0])
 
     def _prove(self, step_seconds: float | None) -> list[CommandResult]:
         answers = self.proofs.work(step_seconds)
@@ -148,6 +159,7 @@ class Engine:
                 self._disk.observe(load.disk_seconds)
                 self._convert.observe(load.convert_seconds)
             self.proofs.finish_load(load)
+            self.merges.finish_load(load)
             outputs += self.scheduler.finish_load(load)
         return outputs
 
@@ -183,6 +195,9 @@ class Engine:
             if command.name == "prove":
                 self.proofs.add(command.command_id, command.arguments["use"], command.arguments["timeout"])
                 return None
+            if command.name == "merge":
+                status = self.merges.add(command.arguments["use"], command.command_id)
+                return None if status is None else CommandResult(command.command_id, status)
             return CommandResult(command.command_id, self.run_command(command.name, command.arguments))
         except (ValueError, KeyError) as error:
             return CommandResult(command.command_id, error=str(error))
@@ -191,8 +206,11 @@ class Engine:
         """A named verb that is done at once, between steps. ValueError for an unknown one."""
         if name == "stats":
             return self.stats()
+        if name == "unmerge":
+            return self.merges.remove(arguments["digest"])
         if name == "evict":
             for digest in arguments["digests"]:
+                self.merges.forget(digest)
                 if not self.cache.num_leases(digest):
                     self.cache.unpin(digest)
                     self.cache.evict(digest)
@@ -223,6 +241,8 @@ class Engine:
                 "copy": self.runner.pool.copies.counts,
             },
             max_distinct_adapters=self._max_distinct,
+            merges=self.merges.statuses,
+            num_merged_steps=self.merges.num_merged_steps,
         )
 
     def check_integrity(self) -> None:
@@ -234,8 +254,11 @@ class Engine:
             place = self.places.place_of(digest)
             assert self.runner.pool.digest_in(place) == digest, f"place {place} does not hold its adapter"
 
+        self.merges.check_integrity()
+
     def close(self) -> None:
         self.loads.close()
+        self.merges.close()
 
     def _forget_place(self, digest: str) -> None:
         place = self.places.release(digest)

@@ -85,7 +85,7 @@ def _products_are_invariant(runner: ModelRunner) -> bool:
     products: dict[tuple, tuple[Callable[[Tensor], Tensor], int]] = {}
     for module in runner.base.model.modules():
         if isinstance(module, BaseLinear):
-            products[module.in_features, module.out_features] = (module.product, module.in_features)
+            products[module.in_features, module.out_features] = (module.way.product, module.in_features)
         elif isinstance(module, LoRAExperts):
             products |= {("experts", *found): (product, found[0]) for product, found in module.products()}
     for name, shape in runner.targets.items():

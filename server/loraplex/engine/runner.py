@@ -14,6 +14,7 @@ from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, Scheduled
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import KVCache, LayerGeometry, PagedStep
 from loraplex.model.loader import BaseModel
+from loraplex.model.merged import MergedWeights
 from loraplex.model.step_context import StepContext
 from loraplex.model.targets import wrap_modules
 from loraplex.ops import Ops, select_ops
@@ -46,10 +47,20 @@ class ModelRunner:
         self.probe_place = config.max_loras
         self.cache = KVCache(dict(geometry), num_blocks, config.block_size, base.dtype, base.device)
         self.pool = AdapterPool(base.targets, config.max_loras + 1, base.device)
+        self.merged: dict[str, MergedWeights] = {}  # written by `install` and `remove`
         self._context = StepContext()
         wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)
         self._sampler = Sampler(config.eos_token_ids, self.ops)
+
+    def install(self, merged: MergedWeights) -> None:
+        """Let steps that are wholly one adapter's run on its merged weights, from the next one on."""
+        merged.install(self.base.model)
+        self.merged[merged.digest] = merged
+
+    def remove(self, digest: str) -> None:
+        """The counterpart of `install`."""
+        self.merged.pop(digest).remove(self.base.model)
 
     @property
     def targets(self) -> Mapping[str, ModuleShape]:
@@ -63,13 +74,19 @@ class ModelRunner:
             assert weights.slab.dtype == self.base.dtype, f"{weights.digest} is {weights.slab.dtype}"
             self.pool.load(place, weights)
         forward = self._buffers.build(batch, self.pool)
-        logits, _ = self.forward(forward)
+        logits, _ = self.forward(forward, self.merged_for(batch))
         return self._results(batch, forward.rows, logits)
 
-    def forward(self, batch: ForwardBatch) -> tuple[Tensor, PagedStep]:
+    def merged_for(self, batch: ScheduledBatch) -> str | None:
+        """The adapter whose merged weights `execute` runs the step on; None: on the base's."""
+        digest = batch.sole_adapter
+        return digest if digest in self.merged else None
+
+    def forward(self, batch: ForwardBatch, merged: str | None = None) -> tuple[Tensor, PagedStep]:
         """Logits float32 [R, V] of the rows that need them, and the step as the attention layers saw it."""
         step = PagedStep(self.ops, self.cache, batch.attn)
-        with self._context.running(batch.lora, batch.head_lora):
+        loras = (batch.lora, batch.head_lora) if merged is None else (None, None)
+        with self._context.running(*loras, merged):
             output = self.base.model(
                 input_ids=batch.input_ids,
                 position_ids=batch.positions,

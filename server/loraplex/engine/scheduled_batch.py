@@ -39,6 +39,15 @@ class ScheduledBatch:
         return {place for entry in self.entries for place in entry.places}
 
     @property
+    def sole_adapter(self) -> str | None:
+        """The adapter whose own every row of the step is, at scale 1 and with no other; None: there is none such."""
+        compositions = {entry.seq.request.composition for entry in self.entries}
+        if len(compositions) != 1:
+            return None
+        (composition,) = compositions
+        return composition[0].digest if len(composition) == 1 and composition[0].scale == 1.0 else None
+
+    @property
     def num_tokens(self) -> int:
         return sum(entry.num_new_tokens for entry in self.entries)
 

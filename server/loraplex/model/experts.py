@@ -48,9 +48,8 @@ class LoRAExperts(nn.Module):
         super().__init__()
         self.base = base
         self._names = expert_parameters(base)
-        self._products = {
-            name: StackedProduct(ops, getattr(base, name), bool(base.is_transposed)) for name in self._names
-        }
+        self._products = self.products_of({}, ops)
+        self.merged: dict[str | None, Mapping[str, StackedProduct]] = {}  # by adapter, its merged weights' products
         self._pools = pools
         self._context = context
         self._ops = ops
@@ -70,6 +69,13 @@ class LoRAExperts(nn.Module):
         unsorted[rows.order] = y
         return unsorted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
+    def products_of(self, stacks: Mapping[str, Tensor], ops: Ops) -> dict[str, StackedProduct]:
+        """The products of all parameters, of those in `stacks` by other weights than the base's."""
+        is_transposed = bool(self.base.is_transposed)
+        return {
+            name: StackedProduct(ops, stacks.get(name, getattr(self.base, name)), is_transposed) for name in self._names
+        }
+
     def products(self) -> Iterator[tuple[Callable[[Tensor], Tensor], tuple[int, int]]]:
         """The first expert's products [M, in] -> [M, out] and (in, out), for probes."""
         for product in self._products.values():
@@ -78,7 +84,7 @@ class LoRAExperts(nn.Module):
 
     def _project(self, name: str, x: Tensor, rows: _Rows) -> Tensor:
         """x [S, in] -> [S, out], each row by its expert, with its adapter's delta."""
-        y = self._products[name](x, rows.experts)
+        y = self.merged.get(self._context.merged, self._products)[name](x, rows.experts)
         if self.base.has_bias:
             y += getattr(self.base, f"{name}_bias")[rows.expert]
         if rows.lora is not None:

@@ -5,6 +5,8 @@ very same tensor form a group. The first of a group that is called computes all;
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,54 @@ class GroupProduct:
         if not any(part is not None for part in self._left):
             self._input = None
         return found
+
+
+class Way(Protocol):
+    """How the product of one linear is computed."""
+
+    @property
+    def product(self) -> Product:
+        """What is run: the linear's own product, or its group's."""
+        ...
+
+    def weight(self) -> Tensor:
+        """The linear's weight [out, in]."""
+        ...
+
+    def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
+        """rows·Wᵀ + b [M, out], to be written to, for an input x whose rows are `rows` [M, in]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A linear with a product of its own."""
+
+    product: Product
+
+    def weight(self) -> Tensor:
+        return self.product.weight()
+
+    def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
+        return self.product(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A linear that is a part of a group's product."""
+
+    group: GroupProduct
+    index: int
+
+    @property
+    def product(self) -> Product:
+        return self.group.product
+
+    def weight(self) -> Tensor:
+        return self.group.weight(self.index)
+
+    def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
+        return self.group.output(self.index, x, rows)
 
 
 @torch.inference_mode()

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from loraplex.lora.weights import Extra
 from loraplex.model.dense import multiply
-from loraplex.model.groups import GroupProduct
-from loraplex.model.linear import Product, is_packed, make_product
+from loraplex.model.groups import Alone, Member, Way
+from loraplex.model.linear import is_packed, make_product
 from loraplex.model.step_context import Span, StepContext, StepLoRA
 from loraplex.ops import ModulePool, Ops
 
@@ -22,21 +23,19 @@ Extras = Sequence[Extra | None]
 
 
 class BaseLinear(nn.Module):
-    """The base's part of a Linear or Conv1D: its product, chosen at load, or its part of a group's: (the group's
-    product, the module's index in it).
+    """The base's part of a Linear or Conv1D: its product, chosen at load, or its part of a group's.
 
     What a product has packed it alone holds: the module's own weight is but NaNs then (`let_go_of_weight`), and
     `whole_weight` is the way to its numbers.
     """
 
-    def __init__(self, base: nn.Module, group: tuple[GroupProduct, int] | None = None):
+    def __init__(self, base: nn.Module, member: Member | None = None):
         super().__init__()
         self.base = base
         weight, bias = weight_and_bias(base)
         self.out_features, self.in_features = weight.shape
-        self._group = group
-        self.product: Product = make_product(weight, bias) if group is None else group[0].product
-        self._is_packed = group is not None or is_packed(weight)
+        self.way: Way = Alone(make_product(weight, bias)) if member is None else member
+        self._is_packed = member is not None or is_packed(weight)
         if self._is_packed:
             let_go_of_weight(base)
 
@@ -49,7 +48,7 @@ class BaseLinear(nn.Module):
         """The weight as the base stores it, unpacked if need be."""
         if not self._is_packed:
             return self.weight
-        weight = self.product.weight() if self._group is None else self._group[0].weight(self._group[1])
+        weight = self.way.weight()
         return weight.T if isinstance(self.base, Conv1D) else weight
 
     @property
@@ -57,18 +56,14 @@ class BaseLinear(nn.Module):
         return self.base.bias  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._multiply(x, x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
-
-    def _multiply(self, x: Tensor, rows: Tensor) -> Tensor:
-        """rows·Wᵀ + b, to be written to; `rows` are x's."""
-        if self._group is None:
-            return self.product(rows)
-        product, index = self._group
-        return product.output(index, x, rows)
+        return self.way.multiply(x, x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
 
 class LoRALinear(BaseLinear):
-    """A Linear or Conv1D that adds the adapters of the step. x [..., in_features] -> [..., out_features]."""
+    """A Linear or Conv1D that adds the adapters of the step. x [..., in_features] -> [..., out_features].
+
+    `merged`: by adapter, the way of a step that runs on merged weights; one without a delta here has none.
+    """
 
     def __init__(
         self,
@@ -77,9 +72,10 @@ class LoRALinear(BaseLinear):
         extras: Extras,
         context: StepContext,
         ops: Ops,
-        group: tuple[GroupProduct, int] | None = None,
+        member: Member | None = None,
     ):
-        super().__init__(base, group)
+        super().__init__(base, member)
+        self.merged: dict[str | None, Way] = {}
         self._pool = pool
         self._extras = extras
         self._context = context
@@ -91,7 +87,7 @@ class LoRALinear(BaseLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = self._multiply(x, rows)
+        y = self.merged.get(self._context.merged, self.way).multiply(x, rows)
         step = self._step
         if step is not None:
             for span, extra in extras_in(step, self._extras):
@@ -139,6 +135,7 @@ class LoRAEmbedding(nn.Module):
     ):
         super().__init__()
         self.base = base
+        self.merged: dict[str | None, Tensor] = {}  # by adapter, the weight of a step on merged weights
         self._scale = scale
         self._pool = pool
         self._extras = extras
@@ -151,6 +148,9 @@ class LoRAEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """token_ids int64 [1, T] -> [1, T, out_features]."""
+        merged = self.merged.get(self._context.merged)
+        if merged is not None:
+            return functional_call(self.base, {"weight": merged}, (token_ids,))
         y = self.base(token_ids)
         step = self._context.body
         if step is not None:

@@ -37,11 +37,13 @@ class StepContext:
     def __init__(self) -> None:
         self.body: StepLoRA | None = None  # over all tokens; None: every row is the base's, no LoRA op runs
         self.head: StepLoRA | None = None  # over the rows whose logits are wanted; None: no adapter is on the head
+        self.merged: str | None = None  # the adapter whose merged weights stand for the base's in this step
 
     @contextmanager
-    def running(self, body: StepLoRA | None, head: StepLoRA | None = None) -> Iterator[None]:
-        self.body, self.head = body, head
+    def running(self, body: StepLoRA | None, head: StepLoRA | None = None, merged: str | None = None) -> Iterator[None]:
+        assert merged is None or body is None, "a merged step runs no LoRA op"
+        self.body, self.head, self.merged = body, head, merged
         try:
             yield
         finally:
-            self.body = self.head = None
+            self.body = self.head = self.merged = None

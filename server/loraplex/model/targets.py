@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.experts import LoRAExperts, expert_parameters
 from loraplex.model.fused import GatedMLP, is_gated_mlp
-from loraplex.model.groups import GroupProduct, find_groups
+from loraplex.model.groups import GroupProduct, Member, find_groups
 from loraplex.model.leaves import ReplaceableLeaf, find_leaves
 from loraplex.model.linear import is_packed
 from loraplex.model.lora_layers import (
@@ -119,21 +119,21 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dict[str, tuple[GroupProduct, int]]:
-    """The group and the index in it of every linear that has one. Only where products are on packed copies: elsewhere
+def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dict[str, Member]:
+    """Of every linear that has a group, its part in it. Only where products are on packed copies: elsewhere
     a group would need a copy of its weights for nothing."""
     groups: dict[str, list[str]] = {}
     for name, shape in targets.items():
         if shape.group and is_packed(weight_and_bias(model.get_submodule(name))[0]):
             groups.setdefault(shape.group, []).append(name)
-    found: dict[str, tuple[GroupProduct, int]] = {}
+    found: dict[str, Member] = {}
     for names in groups.values():
         modules = [model.get_submodule(name) for name in names]
         weights, biases = zip(*map(weight_and_bias, modules), strict=True)
         product = GroupProduct(weights, biases)
         for module in modules:
             let_go_of_weight(module)
-        found |= {name: (product, index) for index, name in enumerate(names)}
+        found |= {name: Member(product, index) for index, name in enumerate(names)}
     return found
 
 
