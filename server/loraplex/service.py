@@ -28,6 +28,7 @@ from loraplex.errors import (
     NotReady,
     Overloaded,
     StartupError,
+    StorageFull,
 )
 from loraplex.generation import Generation
 from loraplex.generation_request import GenerationRequest, Prompt
@@ -350,7 +351,10 @@ class Service:
         if self.engine.is_alive:
             unnamed = await asyncio.to_thread(self.catalog.unnamed, [version.digest for version in deleted])
             await self.engine.command("evict", digests=unnamed)
-        await asyncio.to_thread(self.catalog.sweep)
+        try:
+            await asyncio.to_thread(self.catalog.sweep)
+        except StorageFull as error:  # they are deleted all the same; the next sweep removes their files
+            logger.warning("deleted adapters still lie on the disk", reason=error.message)
         return deleted
 
     async def stats(self) -> EngineStats:

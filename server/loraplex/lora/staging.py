@@ -79,9 +79,9 @@ class StagedFile:
         try:
             while view:
                 view = view[os.write(self._fd, view) :]
+            self._step("stage: bytes written")
         except OSError as cause:
             raise storage_full(cause, f"{self._path.name}") from cause
-        self._step("stage: bytes written")
         self._sha.update(data)
         self.nbytes += size
 
