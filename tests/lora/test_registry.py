@@ -420,6 +420,23 @@ def test_many_publish_one_name(open_registry: Open):
     assert registries[0].events()[1] == 48 + 6
 
 
+def test_two_make_a_name(open_registry: Open, registry_url: str):
+    """The second comes while the first is between its number and its commit: it waits, and is the same version."""
+    other = open_registry()
+    changes: list[Change] = []
+    second = threading.Thread(target=lambda: changes.append(publish(other, "sql", A)))
+
+    def begin_second(step: str) -> None:
+        if step == "publish: numbered":
+            second.start()
+
+    with Registry(registry_url, "base", begin_second) as first:
+        version = publish(first, "sql", A).version
+    second.join()
+    assert changes == [Change(version, version)]
+    assert other.events()[1] == 1
+
+
 def test_pushes_rollbacks_and_deletions_at_once(open_registry: Open):
     """Every change says what the name meant before, and this is what the one before it made it mean."""
     registries = [open_registry() for _ in range(3)]

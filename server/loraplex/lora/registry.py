@@ -111,7 +111,7 @@ class Registry:
 
         def change(connection: Connection) -> Change:
             self._step("publish: begun")
-            last = self._lock(connection, name)
+            last = self._claim(connection, name)
             previous = self._current(connection, name)
             if previous is not None and previous.digest == digest:
                 return Change(previous, previous)
@@ -120,11 +120,8 @@ class Registry:
                 connection.execute(update(versions).where(_is(same)).values(precedence=self._top(connection, name)))
                 self._record(connection, who, PUSH, same, was=previous, now=same, is_new=False)
                 return Change(same, previous)
-            version = replace(new, version=(last or 0) + 1)
-            if last is None:
-                connection.execute(insert(adapters).values(name=name, last_version=version.version))
-            else:
-                connection.execute(update(adapters).where(adapters.c.name == name).values(last_version=version.version))
+            version = replace(new, version=last + 1)
+            connection.execute(update(adapters).where(adapters.c.name == name).values(last_version=version.version))
             self._step("publish: numbered")
             row = {**row_of_version(version), "state": READY, "precedence": self._top(connection, name)}
             connection.execute(insert(versions).values(row))
@@ -286,6 +283,14 @@ class Registry:
         """The name's last number. Until the transaction ends others who change the name wait."""
         query = select(adapters.c.last_version).where(adapters.c.name == name)
         return connection.execute(query.with_for_update()).scalar()
+
+    def _claim(self, connection: Connection, name: str) -> int:
+        """As `_lock` for a name that need not be there yet. Of two who make it at once the second waits, and is then
+        run again by `Database.write`."""
+        last = self._lock(connection, name)
+        if last is None:
+            connection.execute(insert(adapters).values(name=name, last_version=0))
+        return last or 0
 
     def _mine(self, name: str) -> Select[Any]:
         return select(versions).where(versions.c.name == name, self._is_mine).order_by(*_BY_PRECEDENCE)
