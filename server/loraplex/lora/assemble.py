@@ -41,7 +41,7 @@ class Assembly:
         norms = {}
         for module in self._modules:
             if "magnitude" in module.keys:
-                a, b = self._matrices(module)
+                a, b = self.matrices(module)
                 norms[module.shape.name] = norm_of_rows(self._weight(module.shape), a, b, module.scaling)
         return norms
 
@@ -49,7 +49,7 @@ class Assembly:
         """The modules' matrices and vectors. `norms` None: DoRA's magnitudes stand where the gains would be."""
         pairs = []
         for module in self._modules:
-            a, b = self._matrices(module)
+            a, b = self.matrices(module)
             magnitude = self._tensors.get(module.keys.get("magnitude"))
             scaling = module.scaling * module.shape.output_scale
             pair = LoRAPair(module.shape, a, b, scaling, gain=magnitude, shift=self._shift(module))
@@ -60,14 +60,15 @@ class Assembly:
         """The parameters that take the base's places."""
         found = [self._replacement(one) for one in self._replaced]
         for module in self._folded:
-            a, b = self._matrices(module)
+            a, b = self.matrices(module)
             weight = self._tensor_of(f"{module.shape.name}.weight").cpu()
             changed = weight.float() + module.scaling * (b.float() @ a.float())
             found.append(ReplacedParameter(module.shape, "weight", changed))
         return found
 
-    def _matrices(self, module: ModulePlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [rank, in] and B [out, rank]; of experts [E, rank, in] and [E, out, rank]."""
+    def matrices(self, module: ModulePlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] of a module of the plan, in the file's type and without its scaling; of
+        experts [E, rank, in] and [E, out, rank]."""
         shape, count = module.shape, module.shape.num_experts
         if module.experts:
             pairs = [[(self._tensors[a], self._tensors[b]) for a, b in parts] for parts in module.experts]

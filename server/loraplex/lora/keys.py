@@ -63,7 +63,7 @@ class FileKeys:
 
 def read_keys(header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> FileKeys:
     """Sort the keys of `header`. Raises AdapterInvalid for one in no known spelling, and for two of one meaning."""
-    renamed = _Renaming(targets)
+    renamed = Renaming(targets)
     keys = FileKeys()
     adapters: set[str | None] = set()
     for key in header.tensors:
@@ -88,7 +88,17 @@ def read_keys(header: SafetensorsHeader, targets: Mapping[str, ModuleShape]) -> 
     return keys
 
 
-def _may_hold(targets: Mapping[str, ModuleShape], found: re.Match[str], renamed: "_Renaming") -> bool:
+def canonical_key(key: str) -> str:
+    """`key` as PEFT's save_pretrained spells it: without torch.compile's mark and the adapter's name."""
+    path = key.replace("_orig_mod.", "")
+    found = _KEY.fullmatch(path)
+    if found is None:
+        return path
+    kind = f".{found['kind']}" if found["kind"] and found["part"] != "magnitude_vector" else ""
+    return f"{PREFIX}{found['module']}.lora_{found['part']}{kind}"
+
+
+def _may_hold(targets: Mapping[str, ModuleShape], found: re.Match[str], renamed: "Renaming") -> bool:
     """Whether PEFT writes this tensor of the base beside a LoRA: an embedding's, a head's, or a trained bias."""
     shape = targets.get(renamed(found["module"]))
     return shape is not None and (shape.kind in ("embedding", "head") or found["parameter"] == "bias")
@@ -110,7 +120,7 @@ def _put(table: dict[str, str], name: str, key: str, what: str) -> None:
         )
 
 
-class _Renaming:
+class Renaming:
     """Paths of older checkpoints -> the base's."""
 
     def __init__(self, targets: Mapping[str, ModuleShape]):

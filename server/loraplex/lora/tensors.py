@@ -1,5 +1,7 @@
 """FileTensors: the tensors of a weights file that has been read into memory, as views."""
 
+from collections.abc import Iterator
+
 import torch
 
 from loraplex.lora.headers import SafetensorsHeader
@@ -13,6 +15,10 @@ class FileTensors:
     def __init__(self, header: SafetensorsHeader, data: memoryview):
         self._header = header
         self._data = data
+
+    def __iter__(self) -> Iterator[str]:
+        """The file's keys."""
+        return iter(self._header.tensors)
 
     def __getitem__(self, key: str) -> torch.Tensor:
         """The tensor `key`, in the file's dtype and shape."""
