@@ -17,6 +17,7 @@ FLOORS = {
     "api": 6,
     "bench": 6,
     "service": 5,
+    "acceptance": 4.9,
     "offline_check": 4.9,
     "catalog": 4.8,
     "proof_record": 4.7,

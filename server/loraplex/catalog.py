@@ -2,7 +2,7 @@
 
     staged files ──check──> blob (durable) ──publish──> name@version (durable) = accepted
 
-Synchronous and thread-safe; the service calls it from worker threads.
+What stands between the two, the proof, is `acceptance`'s. Synchronous and thread-safe; called from worker threads.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,32 +10,44 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from sqlalchemy import URL
 
 from loraplex.engine.build import EngineInfo
 from loraplex.errors import AdapterConflict, AdapterTooLarge
-from loraplex.lora.event import OPERATOR, Event
+from loraplex.lora.event import SERVER, Event
+from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.reader import AdapterReader, Checked
 from loraplex.lora.registry import Change, Registry
+from loraplex.lora.report import AdapterReport, BaseFacts, report_on
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import READY, Version
+from loraplex.proof_record import is_proof_for
 from loraplex.routing.names import validate_name
 from loraplex.text.adapter_text import Brought
 
 
 @dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked adapter whose files are a blob; no version names it yet."""
+
+    name: str
+    digest: str
+    facts: AdapterFacts
+    report: AdapterReport
+
+
+@dataclass(frozen=True, slots=True)
 class Catalogued:
     """An accepted adapter. `created` False: the name had a version with these very files already. `previous`: what the
-    name meant before (None: nothing). `ignored`: fields of its config without effect on inference, each with the
-    reason; `notes`: remarks for whoever sent it."""
+    name meant before (None: nothing). `report` None: it was known and not checked again."""
 
     version: Version
     created: bool
     previous: Version | None = None
-    ignored: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    report: AdapterReport | None = None
 
 
 class AdapterCatalog:
@@ -75,35 +87,65 @@ class AdapterCatalog:
             raise AdapterConflict(f"{name!r} is the name of the base model; choose another one.", param="name")
         return name
 
-    def accept(self, name: str, staging: Staging, brought: Brought, source: str, who: str) -> Catalogued:
-        """Check staged files and make them what `name` means, durably. `brought`: what their text side says.
-        Raises AdapterError and kin; then nothing is kept."""
+    def prepare(self, name: str, staging: Staging, brought: Brought) -> Prepared:
+        """Check staged files and make them a blob, durably, which `staging` holds until it ends. `brought`: what their
+        text side says. Raises AdapterError and kin; then nothing is kept."""
         self.check_name(name)
         staging.leave_out(brought.unneeded)
         checked = self._reader.check(staging.folder)
         self._check_size(checked)
         brought.check_rows(checked.plan.trained_tokens)
         profile = None if brought.profile is None else brought.profile.shown()
+        report = self._report(checked, brought.notes)
         digest = self.store.commit(staging)
+        return Prepared(name, digest, replace(checked.facts, text_files=staging.text_files, profile=profile), report)
+
+    def publish(self, prepared: Prepared, proof: dict[str, Any] | None, source: str, who: str) -> Catalogued:
+        """Make a prepared adapter what its name means, durably. `proof`: its record; None: it was not asked for."""
         change = self.registry.publish(
-            name,
-            digest,
-            replace(checked.facts, text_files=staging.text_files, profile=profile),
+            prepared.name,
+            prepared.digest,
+            prepared.facts,
             source=source,
             who=who,
+            report=prepared.report.to_json(),
+            proof=proof,
         )
-        notes = (*checked.plan.notes, *brought.notes)
-        return Catalogued(change.version, change.is_new, change.previous, checked.config.ignored, notes)
+        return Catalogued(change.version, change.is_new, change.previous, prepared.report)
 
-    def add_folder(self, name: str, folder: Path, brought: Brought) -> Catalogued:
-        """Register an operator's PEFT folder as `name`."""
+    def withdraw(self, staging: Staging) -> None:
+        """The counterpart of `prepare`, when nothing was published: the blob goes, unless someone else needs it."""
+        self.store.let_go(staging)
+        self.sweep()
+
+    def known(self, name: str, digest: str) -> Version | None:
+        """The version of `name` on this base that is made of these files. A restart must not put a folder's files
+        back above a version that was uploaded since."""
         self.check_name(name)
-        with self.store.import_folder(folder, brought.unneeded) as staging:
-            for version in self.registry.versions(name):
-                # A restart must not put the folder's files back above a version that was uploaded since.
-                if version.digest == staging.digest and self.is_served(version):
-                    return Catalogued(version, False, version)
-            return self.accept(name, staging, brought, source=f"folder:{folder.name}", who=OPERATOR)
+        return next((v for v in self.registry.versions(name) if v.digest == digest and self.is_mine(v)), None)
+
+    def proof_of(self, digest: str) -> dict[str, Any] | None:
+        """The record of a proof of these files that still holds: by this release, on this base as it is served."""
+        info = self._info
+        for proof in self.registry.proofs(digest):
+            if is_proof_for(proof, info.fingerprint, info.dtype, info.device):
+                return dict(proof)
+        return None
+
+    def _report(self, checked: Checked, notes: tuple[str, ...]) -> AdapterReport:
+        info = self._info
+        return report_on(
+            checked.config,
+            checked.plan,
+            info.targets,
+            BaseFacts(info.model_type, info.vocab_size, info.fingerprint),
+            dtype=checked.dtype,
+            compute_dtype=info.dtype,
+            value_bytes=info.bytes_per_value,
+            disk_bytes=checked.nbytes,
+            on_device=not info.device.startswith("cpu"),
+            notes=notes,
+        )
 
     def _check_size(self, checked: Checked) -> None:
         budget = self._info.config.adapter_cache_bytes
@@ -129,6 +171,10 @@ class AdapterCatalog:
     def is_served(self, version: Version) -> bool:
         return version.state == READY
 
+    def is_mine(self, version: Version) -> bool:
+        """Whether the version was made for the base that is served."""
+        return version.base_fingerprint == self._info.fingerprint
+
     def page(self, offset: int = 0, limit: int | None = None) -> Sequence[Version]:
         return self.registry.list(offset, limit)
 
@@ -146,6 +192,10 @@ class AdapterCatalog:
 
     def delete(self, name: str, version: int | None = None, *, who: str) -> Sequence[Version]:
         return self.registry.delete(name, version, who=who)
+
+    def quarantine(self, digest: str, reason: str) -> Sequence[Version]:
+        """Serve nothing that is made of these files, until a push of them is proven again."""
+        return self.registry.quarantine(digest, reason, who=SERVER)
 
     def unnamed(self, digests: Iterable[str]) -> list[str]:
         """Those of `digests` that no ready version names any more."""

@@ -4,7 +4,7 @@ It detokenizes, finds stop strings, trims, collects logprobs and usage, and abor
 has P prompts and n choices for each; choice index = prompt index * n + j. The non-streaming answer folds the stream.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
@@ -26,6 +26,10 @@ from loraplex.model.tokenizer import Tokenizer
 from loraplex.stopping import StopMatcher
 
 PROOF_RETRY_SECONDS = 30
+NON_FINITE = "non_finite_logits"
+
+OnNonFinite = Callable[[EngineRequest, Sequence[int]], Awaitable[str]]
+"""Told of a request with an adapter that ended with NaN, and the tokens it had put out; returns what came of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +76,7 @@ class _Choice:
     request: EngineRequest
     detokenizer: Detokenizer
     matcher: StopMatcher
-    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)  # of the output
     is_done: bool = False
     has_started: bool = False
 
@@ -83,6 +87,7 @@ class Generation:
 
     model, adapter  the concrete name that answers, and the version that was resolved ("" for the base)
     end_token_ids   of the requests' stop tokens those that end an answer as EOS does, without being named in it
+    on_non_finite   told when a choice with an adapter ends with NaN
     lifetime        holds of the adapter's files, closed with the generation
     """
 
@@ -96,6 +101,7 @@ class Generation:
     tokenizer: Tokenizer
     lifetime: AsyncExitStack
     end_token_ids: frozenset[int] = frozenset()
+    on_non_finite: OnNonFinite | None = None
     usage: Usage = field(default_factory=Usage)
     _choices: dict[str, _Choice] = field(default_factory=dict)
 
@@ -124,7 +130,7 @@ class Generation:
                     if choice.is_done:
                         continue
                     if output.failure is not None:
-                        raise as_error(output.failure)
+                        raise await self._error(choice, output.failure)
                     delta = self._take(choice, output)
                     if delta.finish_reason is not None:
                         choice.is_done = True
@@ -136,6 +142,13 @@ class Generation:
                         break
         finally:
             await self.close()
+
+    async def _error(self, choice: _Choice, failure: Failure) -> LoraplexError:
+        error = as_error(failure)
+        if failure.code == NON_FINITE and choice.request.composition and self.on_non_finite is not None:
+            found = await self.on_non_finite(choice.request, tuple(choice.token_ids))
+            error = RequestFailed(f"{failure.message} {found}", code=failure.code)
+        return error
 
     def _take(self, choice: _Choice, output: SequenceOutput) -> ChoiceDelta:
         params = choice.request.params
@@ -156,12 +169,12 @@ class Generation:
             stop_reason = None
         if output.token_id is not None:
             self.usage.completion_tokens += 1
-            choice.num_tokens += 1
+            choice.token_ids.append(output.token_id)
             if output.logprobs is not None:
                 tokens.append(self._info(output.logprobs))
             if reason is not FinishReason.STOP:  # the token that ends the text is not part of it
                 piece = choice.detokenizer.push(output.token_id)
-                text += choice.matcher.push(piece, is_armed=choice.num_tokens > self.options.min_tokens)
+                text += choice.matcher.push(piece, is_armed=len(choice.token_ids) > self.options.min_tokens)
             if choice.matcher.matched is not None:
                 return ChoiceDelta(choice.index, text, tuple(tokens), FinishReason.STOP, choice.matcher.matched)
         if reason is not None:

@@ -4,13 +4,15 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
 from sqlalchemy import URL
 
+from loraplex.acceptance import Acceptance
 from loraplex.catalog import AdapterCatalog, Catalogued
 from loraplex.config import Settings
 from loraplex.engine.adapter_loads import ReadAdapter
@@ -93,8 +95,9 @@ class Service:
         self.started_at = time.time()
         self.is_draining = False
         self.num_running = 0
-        # The default executor has a handful of threads, and requests need them: uploads may not take them all.
-        self._accepting = asyncio.Semaphore(2)
+        self._blaming: set[asyncio.Future[str]] = set()
+        proof_timeout = settings.proof_timeout if settings.proof == "on" else None
+        self._acceptance = Acceptance(catalog, texts, engine, proof_timeout)
 
     @classmethod
     @asynccontextmanager
@@ -137,8 +140,7 @@ class Service:
     async def _register_folders(self) -> None:
         for name, folder in adapter_folders(self.settings):
             try:
-                brought = await self.texts.inspect(folder)
-                added = await asyncio.to_thread(self.catalog.add_folder, name, folder, brought)
+                added = await self._acceptance.folder(name, folder)
             except LoraplexError as error:
                 raise StartupError(f"The adapter {name!r} in {folder} cannot be served: {error.message}") from error
             if added.created:
@@ -202,6 +204,7 @@ class Service:
             tokenizer=text.tokenizer,
             lifetime=lifetime,
             end_token_ids=ends,
+            on_non_finite=partial(self._on_non_finite, held.resolved.adapter),
         )
 
     def _check_open(self) -> None:
@@ -332,9 +335,7 @@ class Service:
 
     async def accept_upload(self, name: str, staging: Staging, who: str) -> Catalogued:
         """Make staged files what `name` means; that is durable and can be used when this returns."""
-        async with self._accepting:
-            brought = await self.texts.inspect(staging.folder)
-            return await asyncio.to_thread(self.catalog.accept, name, staging, brought, "upload", who)
+        return await self._acceptance.upload(name, staging, who)
 
     async def rollback_adapter(self, name: str, to: int | None = None, *, who: str) -> Change:
         """Make `name` mean the version before the last push, or `to`; running requests keep theirs. Raises
@@ -356,6 +357,33 @@ class Service:
         except StorageFull as error:  # they are deleted all the same; the next sweep removes their files
             logger.warning("deleted adapters still lie on the disk", reason=error.message)
         return deleted
+
+    async def _on_non_finite(self, version: Version | None, request: EngineRequest, output: Sequence[int]) -> str:
+        """A row of `version` gave NaN. To its end, even when the client of that row goes away meanwhile."""
+        assert version is not None, "only requests with an adapter are told of"
+        blaming = asyncio.ensure_future(self._blame(version, request, output))
+        self._blaming.add(blaming)
+        blaming.add_done_callback(self._blaming.discard)
+        return await asyncio.shield(blaming)
+
+    async def _blame(self, version: Version, request: EngineRequest, output: Sequence[int]) -> str:
+        """Put the adapter into quarantine, unless the base alone gives NaN on the same tokens."""
+        token_ids = (*request.token_ids, *output)[: self.info.config.max_model_len - 1]
+        every = None if request.params.prompt_logprobs is None else 0  # of every position, as it was asked for
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=every)
+        alone = EngineRequest(seq_id=f"{request.seq_id}-base", token_ids=token_ids, params=params, salt=request.salt)
+        try:
+            async with aclosing(self.engine.submit((alone,))) as outputs:
+                async for one in outputs:
+                    if one.failure is not None:
+                        return "The base alone cannot compute it either, so the adapter is not put into quarantine."
+            reason = "its output was NaN or infinite in a request, on tokens on which the base's alone is not."
+            await asyncio.to_thread(self.catalog.quarantine, version.digest, reason)
+        except LoraplexError as error:
+            logger.error("an adapter that gave NaN could not be put into quarantine", error=error.message)
+            return "It could not be put into quarantine; the server's log says why."
+        logger.warning("adapter put into quarantine", adapter=version.model_id, digest=version.digest)
+        return f"{version.model_id} is in quarantine now: push a corrected version, roll back, or delete it."
 
     async def stats(self) -> EngineStats:
         return await self.engine.command("stats")

@@ -37,6 +37,11 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
     ignored = described.pop("ignored")
     assert "training" in ignored["inference_mode"] or "trainable" in ignored["inference_mode"]
     assert all(ignored.values()), "each with its reason"
+    report, proof = described.pop("report"), described.pop("proof")
+    assert [row["count"] for row in report["modules"]] == [2, 2, 2]
+    assert report["ignored"] == ignored
+    assert proof["passed"]
+    assert proof["largest_error"] < 1e-5
     assert described == {
         "id": "green@1",
         "object": "adapter",
@@ -52,6 +57,7 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
         "files": ["adapter_config.json", "adapter_model.safetensors"],
         "profile": None,
         "source": "upload",
+        "quarantine": None,
         "is_new": True,
         "previous": None,
         "notes": [],
@@ -62,6 +68,7 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
     detail = client.get("/v1/adapters/green").json()
     assert detail["tier"] == "device"
     assert detail["versions"] == [1]
+    assert (detail["report"], detail["proof"]) == (report, proof)
     # The same files again are the same version, and under another name the same digest.
     again = push(client, "green", adapter_folders["green"])
     assert (again.status_code, again.json()["version"]) == (200, 1)

@@ -227,9 +227,9 @@ def test_metrics_while_the_engine_waits_for_an_adapter(server: LiveServer, clien
     may_read = threading.Event()
     read = server.engine.loads._read
 
-    def slowly(digest):
+    def slowly(*arguments):
         may_read.wait()
-        return read(digest)
+        return read(*arguments)
 
     monkeypatch.setattr(server.engine.loads, "_read", slowly)
     digest = server.service.resolve("blue").adapter.digest

@@ -375,7 +375,7 @@ def test_a_newer_releases_database_is_refused(registry: Registry, registry_url: 
     registry._database.write(lambda c: c.execute(text("UPDATE alembic_version SET version_num = '9999'")))
     with pytest.raises(StartupError, match="newer release"):
         Registry(registry_url, "base")
-    registry._database.write(lambda c: c.execute(text("UPDATE alembic_version SET version_num = '0003'")))
+    registry._database.write(lambda c: c.execute(text("UPDATE alembic_version SET version_num = '0004'")))
 
 
 # -- several at once --------------------------------------------------------------------------------------------

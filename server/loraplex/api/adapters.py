@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 from loraplex.api.auth import caller_of
 from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
+from loraplex.catalog import Catalogued
 from loraplex.errors import InvalidRequest, LoraplexError, ModelNotFound
 from loraplex.lora.event import Event
 from loraplex.lora.files import FILES, REQUIRED
@@ -51,8 +52,7 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
         **describe(accepted.version),
         "is_new": accepted.created,
         "previous": accepted.previous and accepted.previous.model_id,
-        "ignored": dict(accepted.ignored),
-        "notes": list(accepted.notes),
+        **_checked(accepted),
     }
     return JSONResponse(report, 201 if accepted.created else 200)
 
@@ -98,6 +98,8 @@ async def get_adapter(model: str, service: TheService) -> dict[str, Any]:
     return {
         **describe(version),
         **_tier(version, stats.ram_digests, stats.device_digests),
+        "report": version.report,
+        "proof": version.proof,
         "current": current and current.version,
         "versions": [v.version for v in versions],
         "incompatible": [v.version for v in versions if not service.catalog.is_served(v)],
@@ -180,6 +182,19 @@ def describe(version: Version) -> dict[str, Any]:
         "profile": facts.profile,
         "created": int(version.created_at.timestamp()),
         "source": version.source,
+        "quarantine": version.quarantine,
+    }
+
+
+def _checked(accepted: Catalogued) -> dict[str, Any]:
+    """The report of this upload; its remarks stand by themselves, too."""
+    assert accepted.report is not None, "an upload is always checked"
+    report = accepted.report.to_json()
+    return {
+        "report": report,
+        "proof": accepted.version.proof,
+        "ignored": report["ignored"],
+        "notes": report["notes"],
     }
 
 

@@ -48,6 +48,12 @@ def serve(
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
     eviction: Annotated[str | None, typer.Option(help="What leaves it first: lrfu or lru. [default: lrfu]")] = None,
+    proof: Annotated[
+        str | None, typer.Option(help="on: run an adapter before it is accepted; off. [default: on]")
+    ] = None,
+    proof_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that a proof may take, waiting included. [default: 30]")
+    ] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="KV cache. [default: by free memory]")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 32]")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step. [default: 512]")] = None,

@@ -8,17 +8,20 @@ from typing import Any
 PUSH = "push"
 ROLLBACK = "rollback"
 DELETE = "delete"
+QUARANTINE = "quarantine"
 
 LOCAL = "local"
 """Somebody on a server that asks for no key."""
 OPERATOR = "operator"
 """Whoever started the server, with its flags and folders."""
+SERVER = "server"
+"""The server itself, by what it saw."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`id` grows with every change; `at` is what the clock said (UTC). `who` is LOCAL, OPERATOR, or "key:" and the
-    beginning of the SHA-256 of the caller's key. `detail` is a JSON object: the digest of the files, what the name
+    """`id` grows with every change; `at` is what the clock said (UTC). `who` is LOCAL, OPERATOR, SERVER, or "key:" and
+    the beginning of the SHA-256 of the caller's key. `detail` is a JSON object: the digest of the files, what the name
     meant before (`was`) and means since (`now`)."""
 
     id: int

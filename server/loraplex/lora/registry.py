@@ -7,6 +7,8 @@ transaction.
 What a name means is decided by precedence: of its ready versions on the base the one with the highest. A push gives
 the next higher one; a rollback sets those above its target to 0, so it undoes pushes as a stack does, and a later push
 is on top again. Versions with 0 count only where there is no other: then the newest.
+
+A quarantined version keeps its precedence: what it is the meaning of gets an error, and no other version in its place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,15 +18,15 @@ from typing import Any
 
 from sqlalchemy import URL, ColumnElement, Connection, Select, case, func, insert, select, true, update
 
-from loraplex.errors import AdapterConflict, InvalidRequest, ModelNotFound
+from loraplex.errors import AdapterConflict, AdapterQuarantined, InvalidRequest, ModelNotFound
 from loraplex.lora.database import Database
 from loraplex.lora.digest import validate_digest
-from loraplex.lora.event import DELETE, PUSH, ROLLBACK, Event
+from loraplex.lora.event import DELETE, PUSH, QUARANTINE, ROLLBACK, Event
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.rows import event_of_row, row_of_version, version_of_row
 from loraplex.lora.steps import Step, unwatched
 from loraplex.lora.tables import adapters, events, identity, versions
-from loraplex.lora.version import DELETED, INCOMPATIBLE, READY, Version
+from loraplex.lora.version import DELETED, INCOMPATIBLE, QUARANTINED, READY, Version
 from loraplex.routing.names import validate_name
 
 _MAX_SOURCE_CHARS = 1024
@@ -89,8 +91,8 @@ class Registry:
     ) -> Change:
         """Make `name` mean the files `digest`.
 
-        If a ready version of the name on this base is made of them, it is that version; else they become the next
-        version. Raises InvalidName.
+        If a ready version of the name on this base is made of them, it is that version, with the new report and proof
+        if it had none, and out of quarantine; else they become the next version. Raises InvalidName.
         """
         validate_name(name)
         validate_digest(digest)
@@ -112,14 +114,20 @@ class Registry:
         def change(connection: Connection) -> Change:
             self._step("publish: begun")
             last = self._claim(connection, name)
+            same = self._first(connection, self._mine(name).where(versions.c.digest == digest))
             previous = self._current(connection, name)
             if previous is not None and previous.digest == digest:
-                return Change(previous, previous)
-            same = self._first(connection, self._mine(name).where(versions.c.digest == digest))
+                same = previous
             if same is not None:
-                connection.execute(update(versions).where(_is(same)).values(precedence=self._top(connection, name)))
-                self._record(connection, who, PUSH, same, was=previous, now=same, is_new=False)
-                return Change(same, previous)
+                renewed, changes = _renewed(same, new)
+                if same != previous:
+                    changes["precedence"] = self._top(connection, name)
+                if changes:
+                    connection.execute(update(versions).where(_is(same)).values(changes))
+                if same != previous or same.state == QUARANTINED:
+                    lifted = {"lifted": "quarantine"} if same.state == QUARANTINED else {}
+                    self._record(connection, who, PUSH, same, was=previous, now=same, is_new=False, **lifted)
+                return Change(renewed, previous)
             version = replace(new, version=last + 1)
             connection.execute(update(adapters).where(adapters.c.name == name).values(last_version=version.version))
             self._step("publish: numbered")
@@ -149,6 +157,7 @@ class Registry:
             if current is None:
                 raise self._not_found(connection, name, None)
             target = self._before(connection, current) if to is None else self._exactly(connection, name, to)
+            _refuse_quarantined(target)
             if target == current:
                 return Change(current, current)
             above = self._precedence(connection, target)
@@ -200,20 +209,39 @@ class Registry:
         self._step("delete: committed")
         return changed
 
+    def quarantine(self, digest: str, reason: str, *, who: str) -> Sequence[Version]:
+        """Serve no version that is made of these files on this base, until one is pushed again; returns those that were
+        served until now."""
+        which = self._is_mine & (versions.c.digest == digest) & versions.c.quarantine.is_(None)
+
+        def change(connection: Connection) -> Sequence[Version]:
+            found = self._all(connection, select(versions).where(which).order_by(versions.c.name, versions.c.version))
+            for name in dict.fromkeys(one.name for one in found):
+                self._lock(connection, name)
+            why = {"reason": reason, "at": datetime.now(UTC).isoformat(timespec="milliseconds")}
+            connection.execute(update(versions).where(which).values(quarantine=why))
+            for one in found:
+                current = self._current(connection, one.name)
+                self._record(connection, who, QUARANTINE, one, was=current, now=current, reason=reason)
+            return found
+
+        return self._database.write(change)
+
     # -- questions --------------------------------------------------------------------------------------------
 
     def get(self, name: str, version: int | None = None) -> Version:
-        """What `name` means, or exactly `version`, to be served. Raises ModelNotFound, also for INCOMPATIBLE ones."""
+        """What `name` means, or exactly `version`, to be served. Raises ModelNotFound, also for INCOMPATIBLE ones, and
+        AdapterQuarantined."""
         with self._database.reading() as connection:
-            if version is not None:
-                return self._exactly(connection, name, version)
-            current = self._current(connection, name)
-            if current is None:
-                raise self._not_found(connection, name, None)
-            return current
+            query = self._mine(name) if version is None else self._mine(name).where(versions.c.version == version)
+            found = self._first(connection, query)
+            if found is None:
+                raise self._not_found(connection, name, version)
+        _refuse_quarantined(found)
+        return found
 
     def look(self, name: str, version: int | None = None) -> Version:
-        """As `get`, to be shown: an INCOMPATIBLE version, too. Raises ModelNotFound."""
+        """As `get`, to be shown: an INCOMPATIBLE or QUARANTINED version, too. Raises ModelNotFound."""
         query = select(versions).where(versions.c.name == name, _IS_READY).order_by(*self._mine_first())
         if version is not None:
             query = query.where(versions.c.version == version)
@@ -258,6 +286,14 @@ class Registry:
             if name is not None and not total and not self._was_ever(connection, name):
                 raise self._not_found(connection, name, None)
             return tuple(map(event_of_row, connection.execute(query))), total
+
+    def proofs(self, digest: str) -> Sequence[Mapping[str, Any]]:
+        """What proofs of these files on this base found, as far as nothing has spoken against them since, latest
+        first."""
+        holds = versions.c.proof.is_not(None) & versions.c.quarantine.is_(None)
+        query = select(versions.c.proof).where(self._is_mine, versions.c.digest == digest, holds)
+        with self._database.reading() as connection:
+            return connection.execute(query.order_by(versions.c.created_at.desc()).limit(8)).scalars().all()
 
     def live_digests(self) -> frozenset[str]:
         """The digests that a version names, of whatever base; the store's sweep keeps them."""
@@ -309,7 +345,9 @@ class Registry:
 
     def _before(self, connection: Connection, current: Version) -> Version:
         earlier = self._mine(current.name).where(
-            versions.c.precedence > 0, versions.c.precedence < self._precedence(connection, current)
+            versions.c.precedence > 0,
+            versions.c.precedence < self._precedence(connection, current),
+            versions.c.quarantine.is_(None),
         )
         target = self._first(connection, earlier)
         if target is None:
@@ -381,6 +419,32 @@ class Registry:
         else:
             message = f"There is no adapter {name[:64]!r}. GET /v1/models lists those there are."
         return ModelNotFound(message, param="model")
+
+
+def _renewed(version: Version, pushed: Version) -> tuple[Version, dict[str, Any]]:
+    """A version whose files were pushed again, and the columns that change: what its checks found, if it is not known
+    or they have just lifted a quarantine."""
+    changes: dict[str, Any] = {}
+    if version.state == QUARANTINED:
+        changes["quarantine"] = None
+        version = replace(version, state=READY, quarantine=None, proof=None if pushed.proof else version.proof)
+    for found in ("report", "proof"):
+        new = getattr(pushed, found)
+        if new is not None and getattr(version, found) is None:
+            changes[found] = dict(new)
+            version = replace(version, **{found: new})
+    return version, changes
+
+
+def _refuse_quarantined(version: Version) -> None:
+    if version.state == QUARANTINED:
+        why = version.quarantine or {}
+        raise AdapterQuarantined(
+            f"{version.model_id!r} is in quarantine since {why.get('at', 'a while')} and does not answer: "
+            f"{why.get('reason', 'it failed while it ran')} Push a corrected version (or these files again, to have "
+            f"them proven anew), roll {version.name!r} back, or delete {version.model_id!r}.",
+            param="model",
+        )
 
 
 def _is(version: Version) -> ColumnElement[bool]:

@@ -7,7 +7,7 @@ from sqlalchemy import Row
 
 from loraplex.lora.event import Event
 from loraplex.lora.facts import AdapterFacts
-from loraplex.lora.version import INCOMPATIBLE, READY, Version
+from loraplex.lora.version import INCOMPATIBLE, QUARANTINED, READY, Version
 
 
 def row_of_version(version: Version) -> dict[str, Any]:
@@ -50,19 +50,24 @@ def version_of_row(row: Row[Any], base_fingerprint: str) -> Version:
         text_files=row.text_files,
         profile=row.profile,
     )
-    is_foreign = row.state == READY and row.base_fingerprint != base_fingerprint
+    state = row.state
+    if state == READY and row.base_fingerprint != base_fingerprint:
+        state = INCOMPATIBLE
+    elif state == READY and row.quarantine is not None:
+        state = QUARANTINED
     return Version(
         name=row.name,
         version=row.version,
         digest=row.digest,
         base_fingerprint=row.base_fingerprint,
-        state=INCOMPATIBLE if is_foreign else row.state,
+        state=state,
         created_at=_in_utc(row.created_at),
         source=row.source,
         facts=facts,
         report=row.report,
         proof=row.proof,
         parent=row.parent,
+        quarantine=row.quarantine,
     )
 
 

@@ -10,6 +10,8 @@ from loraplex.lora.facts import AdapterFacts
 READY = "ready"
 INCOMPATIBLE = "incompatible"
 """Ready, and checked on another base than that of whoever asks."""
+QUARANTINED = "quarantined"
+"""Ready, and not served since it gave NaN while it ran."""
 DELETED = "deleted"
 
 
@@ -17,9 +19,10 @@ DELETED = "deleted"
 class Version:
     """`name@version`. `digest` identifies its files, `base_fingerprint` the base it was checked on.
 
-    `state` is READY, INCOMPATIBLE or DELETED; `created_at` is in UTC; `source` says where it came from ("upload", a
-    folder). `report` and `proof` (JSON objects; None: there is none) are what its checks found when it was accepted;
-    `parent` is the name of the base or adapter it was made from, as whoever sent it says.
+    `state` is READY, INCOMPATIBLE, QUARANTINED or DELETED; `created_at` is in UTC; `source` says where it came from
+    ("upload", a folder). `report` and `proof` (JSON objects; None: there is none) are what its checks found when it was
+    accepted; `parent` is the name of the base or adapter it was made from, as whoever sent it says. `quarantine` (a
+    JSON object with `reason` and `at`) says why a QUARANTINED one is not served.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Version:
     report: Mapping[str, Any] | None = field(default=None, hash=False)
     proof: Mapping[str, Any] | None = field(default=None, hash=False)
     parent: str | None = None
+    quarantine: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def model_id(self) -> str:

@@ -1,0 +1,78 @@
+"""Acceptance: from staged files to a version that serves.
+
+    text side ─> check and report ─> blob (durable) ─> proof by the engine ─> name@version (durable) = accepted
+
+The engine reads what it proves from the blob, as it will for requests; a blob that no version names is nothing, and
+goes when the proof fails. Until the last step the name means what it meant.
+"""
+
+import asyncio
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from loraplex.catalog import AdapterCatalog, Catalogued, Prepared
+from loraplex.engine.async_engine import EngineClient
+from loraplex.engine.messages import AdapterUse
+from loraplex.engine.proof_result import ProofResult
+from loraplex.errors import AdapterLoadFailed, AdapterTooLarge
+from loraplex.generation import as_error
+from loraplex.lora.event import OPERATOR
+from loraplex.lora.staging import Staging
+from loraplex.proof_record import proof_record
+from loraplex.text.adapter_texts import AdapterTexts
+
+
+class Acceptance:
+    """`proof_timeout`: seconds for one proof; None: nothing is proven."""
+
+    def __init__(self, catalog: AdapterCatalog, texts: AdapterTexts, engine: EngineClient, proof_timeout: float | None):
+        self._catalog = catalog
+        self._texts = texts
+        self._engine = engine
+        self._proof_timeout = proof_timeout
+        # The default executor has a handful of threads, and requests need them: uploads may not take them all.
+        self._accepting = asyncio.Semaphore(2)
+
+    async def upload(self, name: str, staging: Staging, who: str) -> Catalogued:
+        """Make staged files what `name` means. Raises AdapterError and kin; then nothing is kept."""
+        async with self._accepting:
+            brought = await self._texts.inspect(staging.folder)
+            prepared = await asyncio.to_thread(self._catalog.prepare, name, staging, brought)
+            return await self._publish(prepared, staging, "upload", who)
+
+    async def folder(self, name: str, folder: Path) -> Catalogued:
+        """Register an operator's PEFT folder as `name`, once: a later start finds it there."""
+        brought = await self._texts.inspect(folder)
+        with ExitStack() as stack:
+            held = self._catalog.store.import_folder(folder, brought.unneeded)
+            staging = await asyncio.to_thread(stack.enter_context, held)
+            known = await asyncio.to_thread(self._catalog.known, name, staging.digest)
+            if known is not None:
+                return Catalogued(known, False, known)
+            prepared = await asyncio.to_thread(self._catalog.prepare, name, staging, brought)
+            return await self._publish(prepared, staging, f"folder:{folder.name}", OPERATOR)
+
+    async def _publish(self, prepared: Prepared, staging: Staging, source: str, who: str) -> Catalogued:
+        try:
+            proof = await self._prove(prepared)
+        except BaseException:
+            await asyncio.to_thread(self._catalog.withdraw, staging)
+            raise
+        return await asyncio.to_thread(self._catalog.publish, prepared, proof, source, who)
+
+    async def _prove(self, prepared: Prepared) -> dict[str, Any] | None:
+        """The record of the proof, of an earlier one if there is one of the same files on this base."""
+        if self._proof_timeout is None:
+            return None
+        earlier = await asyncio.to_thread(self._catalog.proof_of, prepared.digest)
+        if earlier is not None:
+            return earlier
+        use = AdapterUse(prepared.digest, prepared.report.ram_bytes)
+        result: ProofResult = await self._engine.command("prove", use=use, timeout=self._proof_timeout)
+        if result.failure is None:
+            return proof_record(result)
+        error = as_error(result.failure)
+        if isinstance(error, AdapterLoadFailed) and error.code == AdapterTooLarge.code:
+            raise AdapterTooLarge(error.message)
+        raise error
