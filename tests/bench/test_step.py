@@ -26,7 +26,7 @@ RANK_1 = 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
 @pytest.fixture
 def make(limits) -> Callable[..., StepBench]:
     def make_bench(**changes) -> StepBench:
-        sizes = {"rounds": 1, "context": 10, "ranks": (2,), "prefill": 0}
+        sizes = {"rounds": 1, "context": 10, "ranks": (2,), "prefill": 0, "merged": False}
         settings = StepSettings(**{**sizes, "dtype": "float32", "device": "cpu", "shape": TINY, **changes})
         return StepBench(settings, limits)
 
@@ -50,6 +50,19 @@ def test_rows_and_ratios(make):
     assert ratios["lora_ops_in_base_only_step"] == 0
     assert all(row["step_ms"] >= row["step_ms_min"] > 0 for row in result["rows"])
     assert result["base"] == {str(batch): rate[batch, 0] for batch in (1, 8, 32, 64)}
+
+
+def test_a_merged_adapter_runs_no_lora_op_and_stands_beside_the_unmerged(make):
+    result = make(batches=(1, 8), adapters=(0, 1), merged=True).run()
+    rows = {(row["batch"], row["adapters"], row["merged"]): row for row in result["rows"]}
+    assert set(rows) == {(batch, *kind) for batch in (1, 8) for kind in ((0, False), (1, False), (1, True))}
+    for batch in (1, 8):
+        base, merged = rows[batch, 0, False], rows[batch, 1, True]
+        assert merged["lora_ops"] == 0
+        assert rows[batch, 1, False]["lora_ops"] > 0
+        assert merged["bytes"] == base["bytes"]
+        ratio = merged["tokens_per_second"] / base["tokens_per_second"]
+        assert result["ratios"][f"merged_batch_{batch}"] == merged["ratio_to_base"] == ratio
 
 
 def test_a_step_with_adapters_is_seen_by_the_counter(make):

@@ -27,6 +27,7 @@ from loraplex.engine.sequence import Sequence
 from loraplex.lora.weights import LoRAWeights
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
 from loraplex.model.loader import measure_geometry, wrap_model
+from loraplex.model.merged import merge
 from loraplex.ops import select_ops
 
 BLOCK_SIZE = 16
@@ -40,6 +41,7 @@ class StepSettings:
     """batches, adapters   every pair of them with adapters <= batch is a variant; 0 adapters: the base alone
     ranks                  every variant with adapters runs once for each; the ratios are of rank 16, or the first
     context                tokens behind each sequence of a decode step
+    merged                 each batch also as one adapter's own on its merged weights
     prefill                tokens of a prefill step, 0: none is measured
     shape                  changes to the model's config
     """
@@ -48,6 +50,7 @@ class StepSettings:
     batches: tuple[int, ...] = (1, 8, 32, 64)
     adapters: tuple[int, ...] = (0, 1, 8, 32, 64)
     ranks: tuple[int, ...] = (BAR_RANK,)
+    merged: bool = True
     context: int = 64
     prefill: int = 512
     dtype: str = "auto"
@@ -62,11 +65,13 @@ class StepSettings:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """`batch` sequences dealt out to `adapters` distinct ones of `rank`; 0 and 0: the base alone."""
+    """`batch` sequences dealt out to `adapters` distinct ones of `rank`; 0 and 0: the base alone. `merged`: all are one
+    adapter's, on its merged weights."""
 
     batch: int
     adapters: int
     rank: int
+    merged: bool = False
 
 
 @dataclass(slots=True)
@@ -99,7 +104,7 @@ class StepBench:
             max_model_len=max(self._blocks_each * BLOCK_SIZE, settings.prefill),
             block_size=BLOCK_SIZE,
             num_blocks=max(self._blocks_each * largest, tokens // BLOCK_SIZE + _DISTINCT_PROMPTS),
-            max_loras=places,
+            max_loras=places + settings.merged,
         )
         self._ops = CountedOps(select_ops(device))
         self._runner = ModelRunner(self._base, geometry, self._config, self._ops)  # type: ignore[arg-type]
@@ -111,6 +116,10 @@ class StepBench:
         self._weights: list[LoRAWeights] = [
             random_adapter(shapes, rank, seed, dtype) for rank in settings.ranks for seed in seeds
         ]
+        if settings.merged:  # an adapter of its own: what is merged runs so whenever it is alone
+            own = random_adapter(shapes, settings.bar_rank, len(self._weights), dtype)
+            self._runner.install(merge(self._base, own, self._runner.ops))
+            self._weights.append(own)
         for place, weights in enumerate(self._weights):
             self._runner.pool.load(place, weights)
 
@@ -135,7 +144,9 @@ class StepBench:
         self._take_turns(prompts, on_round, advance=False)
         rows = [self._decode_row(variant, timing) for variant, timing in timings.items()]
         prefill = [self._prefill_row(variant, timing) for variant, timing in prompts.items()]
-        rate = {(row["batch"], row["adapters"], row["rank"]): row["tokens_per_second"] for row in rows}
+        rate = {
+            (row["batch"], row["adapters"], row["rank"]): row["tokens_per_second"] for row in rows if not row["merged"]
+        }
         for row in rows:
             base = rate.get((row["batch"], 0, 0))
             row["ratio_to_base"] = None if base is None else row["tokens_per_second"] / base
@@ -156,7 +167,8 @@ class StepBench:
         settings = self._settings
         base = [Variant(batch, 0, 0)] if 0 in settings.adapters else []
         counts = [count for count in settings.adapters if 0 < count <= batch]
-        return base + [Variant(batch, count, rank) for rank in settings.ranks for count in counts]
+        merged = [Variant(batch, 1, settings.bar_rank, True)] if settings.merged else []
+        return base + [Variant(batch, count, rank) for rank in settings.ranks for count in counts] + merged
 
     def _prompt_variants(self) -> list[Variant]:
         """One prompt and eight shorter ones: the base, and as many adapters as prompts."""
@@ -174,6 +186,8 @@ class StepBench:
         """The pool place of each sequence's adapter, in runs as the scheduler orders them; -1: none."""
         if not variant.adapters:
             return [-1] * variant.batch
+        if variant.merged:
+            return [len(self._weights) - 1] * variant.batch
         first = self._settings.ranks.index(variant.rank) * max(self._settings.adapters)
         return sorted(first + i % variant.adapters for i in range(variant.batch))
 
@@ -246,7 +260,8 @@ class StepBench:
 
     def _decode_row(self, variant: Variant, timing: Timing) -> dict[str, Any]:
         context = self._settings.context + WARM_UP_ROUNDS + self._settings.rounds / 2
-        cost = self._cost.decode(variant.batch, context, variant.adapters, self._cost.adapter_numel(variant.rank))
+        adapters = 0 if variant.merged else variant.adapters  # a merged one is read as the base's weights are
+        cost = self._cost.decode(variant.batch, context, adapters, self._cost.adapter_numel(variant.rank))
         return self._row(variant, timing, cost, variant.batch)
 
     def _prefill_row(self, variant: Variant, timing: Timing) -> dict[str, Any]:
@@ -262,6 +277,7 @@ class StepBench:
             "batch": variant.batch,
             "adapters": variant.adapters,
             "rank": variant.rank,
+            "merged": variant.merged,
             "step_ms": 1e3 * seconds,
             "step_ms_min": 1e3 * min(timing.seconds),
             "tokens_per_second": tokens / seconds,
@@ -277,13 +293,16 @@ class StepBench:
     def _ratios(self, rows: list[dict[str, Any]], prefill: list[dict[str, Any]]) -> dict[str, float]:
         """Those whose variants were measured, at the bar's rank."""
         rank = self._settings.bar_rank
-        found = {(row["batch"], row["adapters"]): row for row in rows if row["rank"] in (0, rank)}
+        found = {(row["batch"], row["adapters"]): row for row in rows if row["rank"] in (0, rank) and not row["merged"]}
         ratios = {}
         for batch in self._settings.batches:
             for name, count in ((f"distinct_{batch}_of_{batch}", batch), (f"single_batch_{batch}", 1)):
                 is_single = name.startswith("single") or batch > 1
                 if is_single and (batch, count) in found and (batch, 0) in found:
                     ratios[name] = found[batch, count]["ratio_to_base"]
+        for row in rows:
+            if row["merged"] and row["ratio_to_base"] is not None:
+                ratios[f"merged_batch_{row['batch']}"] = row["ratio_to_base"]
         if (1, 0) in found:
             ratios["base_share_of_bandwidth_batch_1"] = found[1, 0]["share_of_bandwidth"]
         base_rows = [row for row in rows + prefill if not row["adapters"]]

@@ -28,7 +28,7 @@ def step_tables(result: Mapping[str, Any]) -> list[Table]:
     for row in result["rows"]:
         shape.add_row(
             str(row["batch"]),
-            str(row["adapters"]) if row["adapters"] else "base only",
+            "1, merged" if row["merged"] else str(row["adapters"]) if row["adapters"] else "base only",
             str(row["rank"]) if row["adapters"] else "",
             f"{row['step_ms']:.2f}",
             f"{row['tokens_per_second']:.1f}",

@@ -35,7 +35,9 @@ def bench() -> None:
 def step(
     rounds: Annotated[int, typer.Option(help="Timed rounds; every variant takes its turn in each.", min=1)] = 12,
     batches: Annotated[str, typer.Option(help="Sequences in a step.")] = "1,8,32,64",
-    adapters: Annotated[str, typer.Option(help="Distinct adapters in a step; 0: base only.")] = "0,1,8,32,64",
+    adapters: Annotated[
+        str, typer.Option(help="Distinct adapters in a step; 0: base only; merged: one, on merged weights.")
+    ] = "0,1,8,32,64,merged",
     ranks: Annotated[str, typer.Option("--ranks", "--rank", help="Ranks of the adapters.")] = "16",
     context: Annotated[int, typer.Option(help="Tokens each sequence has behind it.", min=1, max=1024)] = 64,
     prefill: Annotated[int, typer.Option(help="Tokens of a prefill step; 0: none.", min=0, max=1024)] = 512,
@@ -46,8 +48,6 @@ def step(
 ) -> None:
     """Steps of a Llama of 124.7 M parameters, base only and with adapters, side by side, as shares of this machine's
     memory bandwidth and arithmetic, which are measured first."""
-    if "merged" in adapters:
-        raise InvalidRequest("Merged adapters are not measured: merging is not implemented yet.", param="adapters")
     prepare_process()
     from loraplex.bench.step import StepBench, StepSettings
     from loraplex.bench.tables import machine_text, step_tables
@@ -55,7 +55,8 @@ def step(
     settings = StepSettings(
         rounds=rounds,
         batches=_numbers("batches", batches, 1),
-        adapters=_numbers("adapters", adapters, 0),
+        adapters=_numbers("adapters", ",".join(count for count in adapters.split(",") if count != "merged"), 0),
+        merged="merged" in adapters.split(","),
         ranks=_numbers("ranks", ranks, 1),
         context=context,
         prefill=prefill,
