@@ -6,7 +6,7 @@ import torch
 
 from loraplex.errors import StartupError
 
-_M_MMAP_THRESHOLD = -3  # glibc's malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # glibc's malloc.h
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -47,7 +47,9 @@ def set_threads(threads: int | None, device: torch.device) -> int:
 
 def keep_large_blocks_apart() -> None:
     """Give every block of a megabyte or more back to the system when it is freed, as glibc does until it has seen
-    larger ones go: then it keeps evicted adapters' memory for blocks of other sizes, and the process grows."""
+    larger ones go: then it keeps evicted adapters' memory for blocks of other sizes, and the process grows. For the same
+    reason threads share their arenas: each new one would keep what its loads and uploads have freed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_ARENA_MAX, 2)
