@@ -43,9 +43,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def save_base(folder: Path) -> Path:
+def save_base(folder: Path, context: int = CONTEXT) -> Path:
     tokenizer = make_tokenizer()
-    model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=CONTEXT)
+    model = make_model("llama", vocab_size=len(tokenizer), max_position_embeddings=context)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
