@@ -18,6 +18,7 @@ FLOORS = {
     "bench": 6,
     "service": 5,
     "acceptance": 4.9,
+    "merging": 4.9,
     "offline_check": 4.9,
     "catalog": 4.8,
     "proof_record": 4.7,

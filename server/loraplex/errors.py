@@ -11,7 +11,9 @@
     │   ├── AdapterTooLarge         more bytes than this server accepts
     │   ├── AdapterConflict         the name is taken
     │   ├── AdapterLoadFailed       an accepted adapter could not be read back (disk, corruption)
+    │   ├── NotMergeable            no merged weights can be made of it, or not by this server as it was started
     │   └── AdapterQuarantined      an accepted adapter gave NaN while it ran, and is not served until that is seen to
+    ├── InsufficientMemory          what was asked for needs more memory than there is
     ├── StorageFull                 the disk refuses
     ├── Overloaded                  the waiting queue is full; try again later
     │   └── ProofTimedOut           the engine had no time to prove an adapter
@@ -79,6 +81,18 @@ class AdapterLoadFailed(AdapterError):
 
 class AdapterQuarantined(AdapterError):
     code = "adapter_quarantined"
+
+
+class NotMergeable(AdapterError):
+    """No merged weights can be made of this adapter, or not by this server as it was started."""
+
+    code = "not_mergeable"
+
+
+class InsufficientMemory(LoraplexError):
+    """What was asked for needs more memory than there is."""
+
+    code = "insufficient_memory"
 
 
 class StorageFull(LoraplexError):

@@ -14,8 +14,10 @@ from loraplex.errors import (
     AdapterInvalid,
     AdapterLoadFailed,
     ContextLengthExceeded,
+    InsufficientMemory,
     InvalidRequest,
     LoraplexError,
+    NotMergeable,
     NotReady,
     Overloaded,
     ProofTimedOut,
@@ -68,6 +70,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    merged_tokens: int = 0  # of completion_tokens: computed on merged weights
 
 
 @dataclass(slots=True)
@@ -169,6 +172,7 @@ class Generation:
             stop_reason = None
         if output.token_id is not None:
             self.usage.completion_tokens += 1
+            self.usage.merged_tokens += output.is_merged
             choice.token_ids.append(output.token_id)
             if output.logprobs is not None:
                 tokens.append(self._info(output.logprobs))
@@ -195,6 +199,10 @@ def as_error(failure: Failure) -> LoraplexError:
             return ContextLengthExceeded(failure.message, param="messages")
         case "invalid_request" | "duplicate_request":
             return InvalidRequest(failure.message)
+        case "not_mergeable" | "merge_cancelled" | "merge_too_coarse":
+            return NotMergeable(failure.message, code=failure.code)
+        case "insufficient_memory":
+            return InsufficientMemory(failure.message)
         case "overloaded":
             return Overloaded(failure.message)
         case "adapter_load_failed" | "adapter_too_large":

@@ -40,6 +40,7 @@ from loraplex.lora.registry import Change
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
+from loraplex.merging import Merging
 from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.routing.names import nearest_names, parse_model
@@ -98,6 +99,7 @@ class Service:
         self._blaming: set[asyncio.Future[str]] = set()
         proof_timeout = settings.proof_timeout if settings.proof == "on" else None
         self._acceptance = Acceptance(catalog, texts, engine, proof_timeout)
+        self.merging = Merging(catalog, engine, settings.merge, info.bytes_per_value)
 
     @classmethod
     @asynccontextmanager
@@ -422,6 +424,7 @@ def engine_spec(settings: Settings, tokenizer: Tokenizer) -> EngineSpec:
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,
         max_waiting=settings.max_waiting + settings.max_num_seqs,
+        merge=settings.merge,
         extra_eos_token_ids=eos,
     )
 

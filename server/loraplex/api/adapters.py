@@ -16,6 +16,7 @@ from loraplex.errors import InvalidRequest, LoraplexError, ModelNotFound
 from loraplex.lora.event import Event
 from loraplex.lora.files import FILES, REQUIRED
 from loraplex.lora.version import Version
+from loraplex.merging import describe_merge
 from loraplex.routing.names import parse_model
 from loraplex.service import Service
 
@@ -98,11 +99,12 @@ async def get_adapter(model: str, service: TheService) -> dict[str, Any]:
     return {
         **describe(version),
         **_tier(version, stats.ram_digests, stats.device_digests),
+        "merge": next((describe_merge(one) for one in stats.merges if one.digest == version.digest), None),
         "report": version.report,
         "proof": version.proof,
         "current": current and current.version,
         "versions": [v.version for v in versions],
-        "incompatible": [v.version for v in versions if not service.catalog.is_served(v)],
+        "incompatible": [v.version for v in versions if not service.catalog.is_mine(v)],
     }
 
 
@@ -156,10 +158,12 @@ async def _events(service: Service, name: str | None, offset: int, limit: int) -
 
 
 async def _current(service: Service, name: str) -> Version | None:
+    """What the name means, be it in quarantine."""
     try:
-        return await asyncio.to_thread(service.catalog.get, name)
+        found = await asyncio.to_thread(service.catalog.registry.look, name)
     except ModelNotFound:
         return None
+    return found if service.catalog.is_mine(found) else None
 
 
 def describe(version: Version) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp
 
 from loraplex import __version__
-from loraplex.api import adapters, openai, tokens
+from loraplex.api import adapters, merges, openai, tokens
 from loraplex.api.auth import ApiKeyMiddleware, LoopbackGuard
 from loraplex.api.edge import EdgeMiddleware
 from loraplex.api.errors import install_error_handlers
@@ -44,6 +44,7 @@ def create_app(service: Service) -> FastAPI:
     install_error_handlers(app)
     app.include_router(openai.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(adapters.router, max_body_size=upload_bytes)
+    app.include_router(merges.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(adapters.audit_router, max_body_size=MAX_BODY_BYTES)
     app.include_router(tokens.router, max_body_size=MAX_BODY_BYTES)
     _add_probes(app, service)
@@ -78,7 +79,9 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             "dtype": info.dtype,
             "device": info.device,
             "threads": info.threads,
-            "batch_invariant": info.is_batch_invariant,
+            # on merged weights a step rounds once more, and its neighbours decide whether it runs on them
+            "batch_invariant": info.is_batch_invariant and service.settings.merge == "off",
+            "merge": service.settings.merge,
             "max_model_len": info.config.max_model_len,
             "max_loras": info.config.max_loras,
         }

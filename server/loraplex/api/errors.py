@@ -33,6 +33,8 @@ _STATUS: dict[type[errors.LoraplexError], int] = {
     errors.AdapterTooLarge: 413,
     errors.AdapterConflict: 409,
     errors.AdapterLoadFailed: 500,
+    errors.NotMergeable: 409,
+    errors.InsufficientMemory: 507,
     errors.AdapterError: 422,
     errors.StorageFull: 507,
     errors.Overloaded: 503,

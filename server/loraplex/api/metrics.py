@@ -108,6 +108,7 @@ class Metrics:
             ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_queries),
             ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_hits),
             ("loraplex_engine_steps", "Engine steps", stats.num_steps),
+            ("loraplex_merged_steps", "Engine steps on merged weights", stats.num_merged_steps),
             ("loraplex_adapter_loads", "Adapters read from disk", stats.num_loads),
             ("loraplex_adapter_ram_evictions", "Adapters evicted from RAM", stats.num_ram_evictions),
         ):
@@ -123,6 +124,9 @@ class Metrics:
         capacity = GaugeMetricFamily("loraplex_adapter_cache_capacity_bytes", "Budget of the tier", labels=("tier",))
         capacity.add_metric(("ram",), stats.ram_budget)
         yield capacity
+        merged = GaugeMetricFamily("loraplex_merged_bytes", "Bytes of merged weights")
+        merged.add_metric((), sum(one.nbytes for one in stats.merges if one.state == "ready"))
+        yield merged
         loads = HistogramMetricFamily(
             "loraplex_adapter_load_seconds",
             "An adapter's way: its files read and verified, converted, put into its place",

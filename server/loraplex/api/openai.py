@@ -77,6 +77,8 @@ async def _answer(
         return Response(status_code=499)  # nobody reads it
     finally:
         await generation.close()
+    if generation.adapter and service_of(request).settings.merge != "off":
+        headers["x-loraplex-merged-tokens"] = str(generation.usage.merged_tokens)
     return JSONResponse(whole, headers=headers)
 
 

@@ -48,6 +48,10 @@ def serve(
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
     eviction: Annotated[str | None, typer.Option(help="What leaves it first: lrfu or lru. [default: lrfu]")] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option(help="Merged weights for steps of one adapter: off, manual (by request) or auto. [default: off]"),
+    ] = None,
     proof: Annotated[
         str | None, typer.Option(help="on: run an adapter before it is accepted; off. [default: on]")
     ] = None,

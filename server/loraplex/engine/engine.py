@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplex.engine.adapter_cache import AdapterCache
@@ -133,9 +133,11 @@ class Engine:
         started = time.perf_counter()
         self._max_distinct = max(self._max_distinct, len({p for entry in batch.entries for p in entry.places}))
         try:
+            is_merged = self.runner.merged_for(batch) is not None
             results = self.runner.execute(batch)
             self._watch(batch)
-            outputs += self.scheduler.update(batch, results)
+            done = self.scheduler.update(batch, results)
+            outputs += [replace(output, is_merged=True) for output in done] if is_merged else done
             self._num_failed_steps = 0
         except Exception as error:  # whatever it was: it ends this batch, not the server
             outputs += self._survive(batch, error)

@@ -73,6 +73,7 @@ class SequenceOutput:
     stop_reason: int | None = None
     failure: Failure | None = None
     num_cached_tokens: int = 0
+    is_merged: bool = False  # the step ran on the adapter's merged weights
 
 
 @dataclass(frozen=True, slots=True)

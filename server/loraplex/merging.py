@@ -1,0 +1,72 @@
+"""Merging: merged weights by name, and how they stand."""
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from loraplex.catalog import AdapterCatalog
+from loraplex.engine.adapter_merges import MergeStatus
+from loraplex.engine.async_engine import EngineClient
+from loraplex.engine.messages import AdapterUse
+from loraplex.errors import InvalidRequest, ModelNotFound, NotMergeable
+from loraplex.generation import as_error
+from loraplex.lora.version import Version
+
+
+class Merging:
+    """`mode`: of --merge. `bytes_per_value`: of the dtype that is computed in."""
+
+    def __init__(self, catalog: AdapterCatalog, engine: EngineClient, mode: str, bytes_per_value: int):
+        self._catalog = catalog
+        self._engine = engine
+        self._mode = mode
+        self._bytes_per_value = bytes_per_value
+
+    async def merge(self, name: str, version: int | None = None) -> tuple[Version, MergeStatus]:
+        """Build the merged weights of what `name` means now; when this returns, steps that are its own run on them.
+        Raises NotMergeable, InsufficientMemory, ModelNotFound."""
+        if self._mode == "off":
+            raise NotMergeable(
+                "This server was started without merging. Start it with --merge manual or --merge auto.",
+                code="merging_is_off",
+            )
+        found = await asyncio.to_thread(self._catalog.get, name, version)
+        if not self._catalog.is_served(found):
+            raise ModelNotFound(f"{found.model_id} is not served, so it is not merged.", param="model")
+        # its files stay while the engine may read them
+        hold = self._catalog.hold(found.digest)
+        await asyncio.to_thread(hold.__enter__)
+        try:
+            use = AdapterUse(found.digest, found.facts.num_values * self._bytes_per_value)
+            status: MergeStatus = await self._engine.command("merge", use=use)
+        finally:
+            await asyncio.to_thread(hold.__exit__, None, None, None)
+        if status.failure is not None:
+            raise as_error(status.failure)
+        return found, status
+
+    async def unmerge(self, name: str, version: int | None = None) -> Version:
+        """Drop the merged weights of what `name` means now. Raises InvalidRequest when there are none."""
+        found = await asyncio.to_thread(self._catalog.get, name, version)
+        try:
+            await self._engine.command("unmerge", digest=found.digest)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"{found.model_id} is not merged and is not being merged. GET /v1/adapters/{name} says how it stands."
+            ) from error
+        return found
+
+
+def describe_merge(status: MergeStatus) -> dict[str, Any]:
+    """For clients."""
+    failure = None if status.failure is None else asdict(status.failure)
+    return {
+        "state": status.state,
+        "automatic": status.is_automatic,
+        "progress": round(status.progress, 3),
+        "bytes": status.nbytes,
+        "relative_error": status.error,
+        "seconds": round(status.seconds, 3),
+        "steps": status.num_steps,
+        "failure": failure,
+    }
