@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,8 @@ class Rig:
     @contextmanager
     def sources(self, *folders: Path, with_base: bool = True) -> Iterator[list[Source]]:
         base = self.checkpoint if with_base else None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            yield [opened(folder, base).__enter__() for folder in folders]
+        with ExitStack() as stack:
+            yield [stack.enter_context(opened(folder, base)) for folder in folders]
 
     def save(self, draft: Draft, name: str = "out", **options: Any) -> Path:
         """The draft as a folder, read back on this base."""

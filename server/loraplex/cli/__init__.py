@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loraplex import __version__
-from loraplex.cli import adapters, bench, check, demo, serve
+from loraplex.cli import adapters, arithmetic, bench, check, demo, serve
 from loraplex.errors import LoraplexError
 
 # No markup in help texts: it would swallow "[default: 8000]".
@@ -21,6 +21,10 @@ app.command("ls")(adapters.ls)
 app.command("rm")(adapters.rm)
 app.command("rollback")(adapters.rollback)
 app.command("history")(adapters.history)
+app.command("merge")(arithmetic.merge)
+app.command("resize")(arithmetic.resize)
+app.command("bake")(arithmetic.bake)
+app.command("extract")(arithmetic.extract)
 app.add_typer(bench.app, name="bench")
 
 

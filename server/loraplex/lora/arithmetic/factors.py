@@ -79,10 +79,13 @@ def concatenated(parts: Sequence[Factors]) -> Factors:
 
 
 def spectrum_of_factors(factors: Factors) -> Spectrum:
-    """All singular values of b·a, in float64, without the product: b = Q·R and aᵀ = P·S give those of R·Sᵀ."""
+    """All singular values of b·a, in float64, without the product: b = Q·R and aᵀ = P·S give those of R·Sᵀ. What is
+    rounding beside the factors' size is zero: parts may cancel each other."""
     q, r = torch.linalg.qr(factors.b.double())
     p, s = torch.linalg.qr(factors.a.double().mT)
     u, values, vh = torch.linalg.svd(r @ s.mT, full_matrices=False)
+    size = max(factors.b.shape[-2], factors.a.shape[-1])
+    values[values <= size * torch.finfo(values.dtype).eps * float(r.norm() * s.norm())] = 0
     return Spectrum(q @ u, values, vh @ p.mT, float(values.square().sum()))
 
 

@@ -49,7 +49,8 @@ def _check(source: Source) -> None:
         raise AdapterInvalid(
             f"{shown(source.folder.name)} has a LoRA for each expert apart, which transformers 5 stacks. {instead}"
         )
-    if ModuleRules(source.config).ties_lora:
+    heads = any(module.shape.is_tied for module in source.modules.values())
+    if ModuleRules(source.config).ties_lora and (heads or not source.has_base):
         raise AdapterInvalid(
             f"{shown(source.folder.name)} ties the head's LoRA to the embedding's (ensure_weight_tying). {instead}"
         )
