@@ -44,8 +44,9 @@ class NameLocks:
         return True
 
     def release(self, name: str) -> None:
-        """The counterpart of `share`, `take` and `try_take`."""
-        self._set(name, fcntl.F_UNLCK, wait=False)
+        """The counterpart of `share`, `take` and `try_take`. After `close` there is nothing to release."""
+        if self.close.alive:
+            self._set(name, fcntl.F_UNLCK, wait=False)
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
