@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 from arithmetic_rig import Rig, assert_equal_answers, assert_other_answers, deltas, logits_of
 from peft.tuners.lora import model as peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from variants import GOOD, set_fields, write_variant
 
-from loraplex.errors import AdapterInvalid, InvalidRequest
+from loraplex.errors import AdapterError, AdapterInvalid, InvalidRequest, PickleRefused
 from loraplex.lora.arithmetic.factors import spectrum_of_delta
 from loraplex.lora.arithmetic.merge import MergeOptions, merge
 from loraplex.lora.arithmetic.method import MajoritySign, Method
@@ -213,8 +215,6 @@ def test_experts_and_routers(tmp_path: Path):
 
 
 def test_experts_that_were_kept_one_by_one_are_stacked(tmp_path: Path):
-    from variants import GOOD, write_variant
-
     rig = Rig.make(tmp_path, "mixtral")
     peer = write_variant(GOOD["mixtral"][0], rig.model, tmp_path / "a", 0)
     assert_equal_answers(rig.answer(merged_into(rig, [tmp_path / "a"], [1.0])), logits_of(peer))
@@ -335,3 +335,24 @@ def test_a_large_delta_is_cut_as_well():
         left = (delta - spectrum.factors(rank).dense()).double()
         assert math.isclose(spectrum.energy(rank), float(s[:rank].square().sum() / s.square().sum()), rel_tol=1e-5)
         assert math.isclose(1 - spectrum.energy(rank), float(left.square().sum()) / spectrum.total, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_hostile_and_broken_files_are_refused_as_an_upload_is(rig: Rig, with_base: bool):
+    def refused(name: str, change: Callable[[Path], object], error: type[AdapterError] = AdapterInvalid) -> None:
+        folder = rig.write(name, target_modules=["q_proj"])
+        change(folder)
+        with pytest.raises(error), rig.sources(folder, with_base=with_base):
+            pass
+
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    refused("pickle", lambda folder: (folder / weights).rename(folder / "adapter_model.bin"), PickleRefused)
+    refused("no config", lambda folder: (folder / config).unlink())
+    refused("torn", lambda folder: (folder / weights).write_bytes((folder / weights).read_bytes()[:-9]))
+    refused("pickled", lambda folder: (folder / weights).write_bytes(b"PK\x03\x04" + bytes(99)), PickleRefused)
+    refused("no JSON", lambda folder: (folder / config).write_text("[" * 9999))
+    refused("code", lambda folder: set_fields(folder, auto_map={"a": "b.c"}))
+    refused("pissa", lambda folder: set_fields(folder, init_lora_weights="pissa"))
+    refused("a folder", lambda folder: ((folder / weights).unlink(), (folder / weights).mkdir()))
+    nan = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.full((4, 64), float("nan"))}
+    refused("NaN", lambda folder: save_file({**load_file(folder / weights), **nan}, folder / weights))

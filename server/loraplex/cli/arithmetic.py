@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from loraplex.config import prepare_process
@@ -113,13 +113,14 @@ def bake(
         reply = {"out": str(out), "parameters": rows, "untied": result.is_untied, "files": list(result.copied)}
         typer.echo(json.dumps({**reply, "from_adapter": list(result.brought), "notes": list(result.notes)}, indent=2))
         return
-    table = Table("parameter", "change", "rounding")
+    table = Table(Column("parameter", overflow="fold"), "change", "rounding")
     for name, members in group_by_layer(rows, lambda row: row["parameter"]):
         table.add_row(Text(name), _span(members, "change"), _span(members, "rounding"))
     console = Console()
     console.print(table)
     if result.is_untied:
-        console.print("The head no longer shares the embedding's weight: it has its own, and config.json says so.")
+        news = "The head no longer shares the embedding's weight: it has its own, and config.json says so."
+        console.print(news, soft_wrap=True)
     if result.brought:
         console.print(f"From the adapter: {', '.join(result.brought)}", markup=False)
     _print_end(console, result.notes, f"{out}: change is that of the parameter, rounding its share of the change")
@@ -217,7 +218,7 @@ def _write(
         reply = {"out": str(out), "bytes": nbytes, "energy": draft.energy, "modules": rows, **facts}
         typer.echo(json.dumps({**reply, "notes": list(draft.notes)}, indent=2))
         return
-    table = Table("modules", "rank", "before", "energy kept")
+    table = Table(Column("modules", overflow="fold"), "rank", "before", "energy kept")
     for name, members in group_by_layer(draft.results, lambda one: one.name, lambda one: (one.rank, one.before)):
         least, most = min(one.energy for one in members), max(one.energy for one in members)
         kept = f"{least:.2%}" if f"{least:.2%}" == f"{most:.2%}" else f"{least:.2%} to {most:.2%}"

@@ -90,14 +90,24 @@ def opened(folder: Path, base: Checkpoint | None = None) -> Iterator[Source]:
     """The adapter in `folder`. Raises AdapterInvalid and PickleRefused as an upload of it would."""
     _check_folder(folder)
     with tempfile.TemporaryDirectory(prefix="loraplex-") as scratch:
-        plain = _without_links(folder, Path(scratch))
-        targets = base.targets if base is not None else _implied_targets(plain)
-        tensor_of = base.tensor_of if base is not None else _no_base
-        checked = AdapterReader(plain.parent, targets, torch.float32, MAX_RANK, tensor_of).check(plain)
-        path = plain / WEIGHTS_NAME
-        tensors = FileTensors(read_header(path), memoryview(bytearray(path.read_bytes())))
-        document = json.loads((plain / CONFIG_NAME).read_bytes().decode("utf-8-sig"))
-        yield Source(folder, document, checked, tensors, tensor_of, targets, base is not None)
+        try:
+            source = _read(folder, _without_links(folder, Path(scratch)), base)
+        except OSError as cause:
+            raise AdapterInvalid(
+                f"{folder} cannot be read: {cause.strerror or cause}. Name a folder whose files you may read."
+            ) from cause
+        yield source
+
+
+def _read(folder: Path, plain: Path, base: Checkpoint | None) -> Source:
+    """`plain`: where the files of `folder` are no links."""
+    targets = base.targets if base is not None else _implied_targets(plain)
+    tensor_of = base.tensor_of if base is not None else _no_base
+    checked = AdapterReader(plain.parent, targets, torch.float32, MAX_RANK, tensor_of).check(plain)
+    path = plain / WEIGHTS_NAME
+    tensors = FileTensors(read_header(path), memoryview(bytearray(path.read_bytes())))
+    document = json.loads((plain / CONFIG_NAME).read_bytes().decode("utf-8-sig"))
+    return Source(folder, document, checked, tensors, tensor_of, targets, base is not None)
 
 
 def _check_folder(folder: Path) -> None:
