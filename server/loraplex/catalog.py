@@ -92,7 +92,7 @@ class AdapterCatalog:
         text side says. Raises AdapterError and kin; then nothing is kept."""
         self.check_name(name)
         staging.leave_out(brought.unneeded)
-        checked = self._reader.check(staging.folder)
+        checked = self._reader.check(staging.folder, staging.digest)
         self._check_size(checked)
         brought.check_rows(checked.plan.trained_tokens)
         profile = None if brought.profile is None else brought.profile.shown()

@@ -24,14 +24,18 @@ from loraplex.engine.probe import Observed, Probe, ProbeLogits
 from loraplex.engine.proof_result import Divergence, ModuleFigures, ProofResult
 from loraplex.engine.runner import ModelRunner
 from loraplex.lora.weights import LoRAWeights, ModuleShape
+from loraplex.model.lora_layers import BaseLinear
 from loraplex.model.targets import base_of
 from loraplex.ops import LoRASegments
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest error of a row allowed, as a share of the row's largest value: a few roundings of the type."""
 
-MAX_OUTPUTS = 256
-"""Outputs of a module at which the whole product is compared: its cost is that of so many rows of W + s·B·A."""
+MAX_OUTPUTS = 128
+"""Outputs of a module at which the whole product is compared, in runs of `_RUN`, evenly over all: the cost is that of
+so many rows of W + s·B·A."""
+
+_RUN = 32
 
 _SERVER_FAULT = "That is a fault of this server, not of the adapter: please report it with the adapter's config."
 
@@ -210,10 +214,11 @@ class AdapterProof:
         if shape.kind == "embedding":
             return self._looked_up(shape, observed)
         weights, device = self._weights, self._runner.base.device
-        count = min(shape.out_features, MAX_OUTPUTS)
-        chosen = torch.linspace(0, shape.out_features - 1, count).round().long().to(device)
+        runs = _runs(shape.out_features)
+        chosen = torch.cat([torch.arange(start, stop) for start, stop in runs]).to(device)
+        count = len(chosen)
         x, y = observed.x.float(), observed.y[0][:, chosen]
-        merged = self._rows_of_weight(shape, chosen)
+        merged = self._rows_of_weight(shape, runs, chosen)
         extra, delta = weights.extra(shape), weights.modules.get(shape.name)
         bias = self._base_bias(shape)
         offset = torch.zeros(count, device=device) if bias is None else bias[chosen].float()
@@ -229,10 +234,11 @@ class AdapterProof:
         largest = torch.maximum(torch.maximum(base.abs(), expected.abs()), (expected - base).abs()).amax(-1)
         return _error(y, expected, largest), count
 
-    def _rows_of_weight(self, shape: ModuleShape, chosen: Tensor) -> Tensor:
+    def _rows_of_weight(self, shape: ModuleShape, runs: list[tuple[int, int]], chosen: Tensor) -> Tensor:
         """float32 [len(chosen), in_features], a new tensor: the base's rows, or the adapter's own."""
-        weight = self._runner.base.tensor_of(f"{shape.name}.weight")
-        rows = (weight.T if shape.transposed else weight)[chosen].float()
+        layer = self._runner.base.model.get_submodule(shape.name)
+        assert isinstance(layer, BaseLinear)
+        rows = layer.way.rows(runs).float()
         extra = self._weights.extra(shape)
         own = None if extra is None else extra.replaced.get("weight")
         if extra is None or own is None:
@@ -327,6 +333,16 @@ class AdapterProof:
             num_changed=int((base.argmax(-1) != adapter.argmax(-1)).sum()),
             num_positions=len(kl),
         )
+
+
+def _runs(num_outputs: int) -> list[tuple[int, int]]:
+    """At most MAX_OUTPUTS of the outputs as ranges start:stop, the first and the last among them."""
+    if num_outputs <= MAX_OUTPUTS:
+        return [(0, num_outputs)]
+    count = MAX_OUTPUTS // _RUN
+    step = (num_outputs - _RUN) / (count - 1)
+    starts = [int(index * step) // _RUN * _RUN for index in range(count - 1)]
+    return [*((start, start + _RUN) for start in starts), (num_outputs - _RUN, num_outputs)]
 
 
 def _error(found: Tensor, expected: Tensor, largest: Tensor) -> float:

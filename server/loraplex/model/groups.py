@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from loraplex.model.linear import Product, make_product
+from loraplex.model.linear import Product, make_product, weight_rows
 
 _NUM_TOKENS = 5
 
@@ -32,6 +32,11 @@ class GroupProduct:
     def weight(self, index: int) -> Tensor:
         """The weight of member `index`, [out, in]."""
         return self.product.weight().split(self._sizes)[index]
+
+    def rows(self, index: int, runs: Sequence[tuple[int, int]]) -> Tensor:
+        """Rows of the weight of member `index`."""
+        before = sum(self._sizes[:index])
+        return weight_rows(self.product, [(before + start, before + stop) for start, stop in runs])
 
     def output(self, index: int, x: Tensor, rows: Tensor) -> Tensor:
         """The output of member `index` for the input x, whose rows are `rows`. What a member leaves behind for another
@@ -57,6 +62,10 @@ class Way(Protocol):
         """The linear's weight [out, in]."""
         ...
 
+    def rows(self, runs: Sequence[tuple[int, int]]) -> Tensor:
+        """Its rows start:stop for each of `runs`, [rows, in]."""
+        ...
+
     def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
         """rows·Wᵀ + b [M, out], to be written to, for an input x whose rows are `rows` [M, in]."""
         ...
@@ -70,6 +79,9 @@ class Alone:
 
     def weight(self) -> Tensor:
         return self.product.weight()
+
+    def rows(self, runs: Sequence[tuple[int, int]]) -> Tensor:
+        return weight_rows(self.product, runs)
 
     def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
         return self.product(rows)
@@ -88,6 +100,9 @@ class Member:
 
     def weight(self) -> Tensor:
         return self.group.weight(self.index)
+
+    def rows(self, runs: Sequence[tuple[int, int]]) -> Tensor:
+        return self.group.rows(self.index, runs)
 
     def multiply(self, x: Tensor, rows: Tensor) -> Tensor:
         return self.group.output(self.index, x, rows)

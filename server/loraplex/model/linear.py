@@ -6,7 +6,7 @@ oneDNN's elsewhere (rows padded to a multiple of 4). oneDNN's packing operators 
 (inductor uses them): they are detected, and `F.linear` is the way without them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -110,3 +110,20 @@ class _TiledProduct:
 
     def weight(self) -> Tensor:
         return self._tiles.unpack_tiles(self._packed, *self._shape)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop of the weight, without unpacking the others."""
+        outputs, features = self._shape
+        panel = self._tiles.PANEL
+        first, end = start // panel, -(-stop // panel)
+        size = len(self._packed) // -(-outputs // panel)  # of a panel
+        part = self._tiles.unpack_tiles(self._packed[first * size : end * size], (end - first) * panel, features)
+        return part[start - first * panel : stop - first * panel]
+
+
+def weight_rows(product: Product, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Rows start:stop of a product's weight for each of `runs`, [rows, in]: as little unpacked as can be."""
+    if isinstance(product, _TiledProduct):
+        return torch.cat([product.rows(start, stop) for start, stop in runs])
+    weight = product.weight()
+    return torch.cat([weight[start:stop] for start, stop in runs])
