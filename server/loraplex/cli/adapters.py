@@ -1,29 +1,17 @@
 """`loraplex push`, `ls`, `rm`, `rollback`, `history`: clients of a running server (LORAPLEX_URL, LORAPLEX_API_KEY)."""
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
-import httpx2
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from loraplex.config import ClientSettings
-from loraplex.errors import LoraplexError
+from loraplex.cli.client import Json, ServerRefused, path_of, print_json, request
 from loraplex.lora.files import FILES, REQUIRED
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class ServerRefused(LoraplexError):
-    """The server answered with an error, or there is none."""
-
-    code = "server_refused"
 
 
 def push(
@@ -47,9 +35,9 @@ def push(
             file.part: (file.name, _Counted(stack.enter_context(open(path / file.name, "rb")), progress, task))
             for file in found
         }
-        reply = _request("POST", "/v1/adapters", data={"name": name or path.resolve().name}, files=parts)
+        reply = request("POST", "/v1/adapters", data={"name": name or path.resolve().name}, files=parts)
     if json_output:
-        _print_json(reply)
+        print_json(reply)
         return
     news = "" if reply["is_new"] else "  (no new version: these very files are there)"
     if reply["previous"] not in (None, reply["id"]):
@@ -66,9 +54,9 @@ def push(
 
 def ls(json_output: Json = False) -> None:
     """List the adapters of the server."""
-    reply = _request("GET", "/v1/adapters")
+    reply = request("GET", "/v1/adapters")
     if json_output:
-        _print_json(reply)
+        print_json(reply)
         return
     table = Table("name", "version", "rank", "modules", "bytes", "tier", "source", "state")
     for row in reply["data"]:
@@ -88,9 +76,9 @@ def ls(json_output: Json = False) -> None:
 
 def rm(name: Annotated[str, typer.Argument(help="name or name@version")], json_output: Json = False) -> None:
     """Delete an adapter or one version of it; running requests finish."""
-    reply = _request("DELETE", f"/v1/adapters/{quote(name, safe='@')}")
+    reply = request("DELETE", path_of(name))
     if json_output:
-        _print_json(reply)
+        print_json(reply)
     else:
         meant = f"; {reply['name']} means {reply['current']} now" if reply["current"] else ""
         Console().print(f"deleted {', '.join(reply['deleted'])}{meant}", highlight=False, soft_wrap=True)
@@ -103,9 +91,9 @@ def rollback(
 ) -> None:
     """Make a name mean an earlier version again; running requests finish on theirs."""
     body = {} if to is None else {"version": to}
-    reply = _request("POST", f"/v1/adapters/{quote(name, safe='@')}/rollback", json=body)
+    reply = request("POST", path_of(name, "/rollback"), json=body)
     if json_output:
-        _print_json(reply)
+        print_json(reply)
     elif reply["previous"] == reply["id"]:
         Console().print(f"{name} means {reply['id']} already", highlight=False, soft_wrap=True)
     else:
@@ -118,10 +106,10 @@ def history(
     json_output: Json = False,
 ) -> None:
     """Show who changed an adapter, when and how, latest first."""
-    path = "/v1/audit" if name is None else f"/v1/adapters/{quote(name, safe='@')}/history"
-    reply = _request("GET", path, params={"limit": limit})
+    path = "/v1/audit" if name is None else path_of(name, "/history")
+    reply = request("GET", path, params={"limit": limit})
     if json_output:
-        _print_json(reply)
+        print_json(reply)
         return
     table = Table("at", "who", "what", "version", "before", "since")
     for row in reply["data"]:
@@ -144,29 +132,3 @@ class _Counted:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
-
-
-def _request(method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-    settings = ClientSettings()
-    headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-    try:
-        reply = httpx2.request(method, settings.url.rstrip("/") + path, headers=headers, timeout=300, **kwargs)
-    except (httpx2.TransportError, httpx2.InvalidURL) as error:
-        raise ServerRefused(
-            f"No server answers at {settings.url} ({error}). Start one with 'loraplex serve', or set LORAPLEX_URL."
-        ) from error
-    try:
-        body = reply.json()
-    except json.JSONDecodeError as error:
-        raise ServerRefused(f"{settings.url} answered {reply.status_code} and no JSON.") from error
-    if reply.status_code >= 400:
-        try:
-            message = body["error"]["message"]
-        except (KeyError, TypeError):
-            message = f"{settings.url} answered {reply.status_code}: {str(body)[:200]}"
-        raise ServerRefused(message)
-    return body
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
