@@ -119,10 +119,11 @@ def make_world(
     return make_world_of(tiny.make_model(model_type, seed=seed, dtype=dtype), model_type, ops, **sizes)
 
 
-def make_world_of(model: PreTrainedModel, model_type: str, ops=None, **sizes) -> World:
-    """A world around a model that is in memory; runs the proof at load."""
-    original = copy.deepcopy(model)
-    base = wrap_model(model)
+def make_world_of(model: PreTrainedModel, model_type: str, ops=None, base: BaseModel | None = None, **sizes) -> World:
+    """A world around a model that is in memory; runs the proof at load. With a `base` of its own, `model` is its
+    reference."""
+    original = copy.deepcopy(model) if base is None else model
+    base = base or wrap_model(model)
     config = make_config(**sizes)
     for one in (original, base.model):
         freeze_rope(one, config.max_model_len)

@@ -63,6 +63,7 @@ class Settings(BaseSettings):
     generation_config: Literal["auto", "none"] = "auto"
     api_key: str | None = Field(None, min_length=8)
     insecure: bool = False
+    quantization: Literal["int8", "int4", "nf4"] | None = None
     merge: Literal["off", "manual", "auto"] = "off"
     proof: Literal["on", "off"] = "on"
     proof_timeout: float = Field(30.0, gt=0, le=3600)

@@ -120,7 +120,7 @@ class Service:
 
             def make_reader(base: BaseModel) -> ReadAdapter:
                 reader = AdapterReader(
-                    store.blobs, base.targets, base.dtype, spec.max_lora_rank, base.tensor_of, base.fingerprint
+                    store.blobs, base.targets, base.dtype, spec.max_lora_rank, base.tensor_of, base.weights_fingerprint
                 )
                 readers.append(reader)
                 return reader.read
@@ -425,6 +425,7 @@ def engine_spec(settings: Settings, tokenizer: Tokenizer) -> EngineSpec:
         max_model_len=settings.max_model_len,
         max_waiting=settings.max_waiting + settings.max_num_seqs,
         merge=settings.merge,
+        quantization=settings.quantization,
         extra_eos_token_ids=eos,
     )
 

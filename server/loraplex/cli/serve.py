@@ -27,6 +27,7 @@ from loraplex.demo import paths
 from loraplex.errors import StartupError
 
 if TYPE_CHECKING:
+    from loraplex.model.quantization import Quantization
     from loraplex.service import Service
 
 
@@ -48,6 +49,7 @@ def serve(
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
     eviction: Annotated[str | None, typer.Option(help="What leaves it first: lrfu or lru. [default: lrfu]")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Quantise the base: int8, int4 (CUDA) or nf4.")] = None,
     merge: Annotated[
         str | None,
         typer.Option(help="Merged weights for steps of one adapter: off, manual (by request) or auto. [default: off]"),
@@ -232,6 +234,7 @@ def start_facts(service: "Service", port: int, seconds: float) -> dict[str, str]
         f"{info.device}, {info.threads} threads, context {config.max_model_len})",
         "proof": f"paged path equals the model's own to {info.proof_error:.1g} of its range; "
         f"batch invariant: {'yes' if info.is_batch_invariant else 'no'}",
+        **_quantization(info.quantization),
         "adapters": f"{len(names)} ({shown or 'none yet'}); {config.max_loras} in one batch",
         "memory": f"weights {_size(memory.weights_bytes)} + {_size(memory.packed_bytes)} packed, "
         f"KV {_size(memory.kv_bytes)} = {memory.kv_tokens} tokens = "
@@ -243,6 +246,16 @@ def start_facts(service: "Service", port: int, seconds: float) -> dict[str, str]
         "auth": "API key" if settings.api_key else "off (loopback only)" if not settings.insecure else "OFF",
         "try": f"curl {url}{path} -H 'Content-Type: application/json'{auth} -d '{json.dumps(body)}'",
         "push": "loraplex push ./my-adapter --name my-adapter",
+    }
+
+
+def _quantization(quantization: "Quantization | None") -> dict[str, str]:
+    if quantization is None:
+        return {}
+    was, now = quantization.plain_nbytes, quantization.nbytes
+    return {
+        "quantised": f"{quantization.kind}: {_size(was)} of weights are {_size(now)}; logits differ from the unquantised "
+        f"base's by up to {quantization.divergence:.1%} of their range"
     }
 
 

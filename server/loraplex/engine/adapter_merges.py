@@ -181,6 +181,13 @@ class AdapterMerges:
                 "The adapter is more than deltas (DoRA, trained biases, modules_to_save or trained token rows), and "
                 "only W + s·B·A is merged. It is served unmerged.",
             )
+        if self._runner.base.quantization is not None:
+            kind = self._runner.base.quantization.kind
+            return Failure(
+                "not_mergeable",
+                f"The base is quantised ({kind}): W + s·B·A would have to be rounded to {kind} again. The adapter is "
+                "served unmerged, on top of it.",
+            )
         needed = merged_nbytes(self._runner.base, weights)
         # the RAM tier may grow yet
         available = available_memory(self._runner.base.device) - int(self._cache.maxsize - self._cache.currsize)

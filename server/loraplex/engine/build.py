@@ -21,6 +21,7 @@ from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, keep_large_blocks_apart, set_threads
 from loraplex.model.linear import is_packed
 from loraplex.model.loader import BaseModel, load_base, measure_geometry
+from loraplex.model.quantization import Quantization
 from loraplex.model.support import check_length, freeze_rope
 
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -51,6 +52,7 @@ class EngineSpec:
     max_waiting: int = 1024
     block_size: int = 16
     merge: str = "off"
+    quantization: str | None = None
     extra_eos_token_ids: frozenset[int] = frozenset()
 
     def num_places(self, device: torch.device) -> int:
@@ -89,6 +91,7 @@ class EngineInfo:
     is_batch_invariant: bool
     proof_error: float
     memory: MemoryPlan
+    quantization: Quantization | None
 
     @property
     def bytes_per_value(self) -> int:
@@ -107,7 +110,7 @@ def build_engine(
     device = choose_device(spec.device)
     dtype = choose_dtype(spec.dtype, device)
     threads = set_threads(spec.threads, device)
-    base = load_base(spec.model, dtype, device)
+    base = load_base(spec.model, dtype, device, spec.quantization)
     return assemble_engine(base, spec, make_reader, wake, threads=threads)
 
 
@@ -160,6 +163,7 @@ def assemble_engine(
         is_batch_invariant=proof.is_batch_invariant,
         proof_error=proof.error,
         memory=memory,
+        quantization=base.quantization,
     )
     return engine, info
 

@@ -47,8 +47,8 @@ def set_threads(threads: int | None, device: torch.device) -> int:
 
 def keep_large_blocks_apart() -> None:
     """Give every block of a megabyte or more back to the system when it is freed, as glibc does until it has seen
-    larger ones go: then it keeps evicted adapters' memory for blocks of other sizes, and the process grows. For the same
-    reason threads share their arenas: each new one would keep what its loads and uploads have freed."""
+    larger ones go: then it keeps evicted adapters' memory for blocks of other sizes, and the process grows. For the
+    same reason threads share their arenas: each new one would keep what its loads and uploads have freed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -15,6 +15,7 @@ from loraplex.lora.weights import Extra
 from loraplex.model.dense import multiply
 from loraplex.model.groups import Alone, Member, Way
 from loraplex.model.linear import is_packed, make_product
+from loraplex.model.quantization import QuantizedProduct, is_quantized
 from loraplex.model.step_context import Span, StepContext, StepLoRA
 from loraplex.ops import ModulePool, Ops
 
@@ -26,18 +27,24 @@ class BaseLinear(nn.Module):
     """The base's part of a Linear or Conv1D: its product, chosen at load, or its part of a group's.
 
     What a product has packed it alone holds: the module's own weight is but NaNs then (`let_go_of_weight`), and
-    `whole_weight` is the way to its numbers.
+    `whole_weight` is the way to its numbers; to a quantised one's, too.
     """
 
     def __init__(self, base: nn.Module, member: Member | None = None):
         super().__init__()
         self.base = base
-        weight, bias = weight_and_bias(base)
-        self.out_features, self.in_features = weight.shape
-        self.way: Way = Alone(make_product(weight, bias)) if member is None else member
-        self._is_packed = member is not None or is_packed(weight)
-        if self._is_packed:
-            let_go_of_weight(base)
+        self.out_features, self.in_features = sizes_of(base)
+        self._is_whole = False
+        if member is not None:
+            self.way: Way = member
+        elif is_quantized(base):
+            self.way = Alone(QuantizedProduct(base))
+        else:
+            weight, bias = weight_and_bias(base)
+            self.way = Alone(make_product(weight, bias))
+            self._is_whole = not is_packed(weight)
+            if not self._is_whole:
+                let_go_of_weight(base)
 
     @property
     def weight(self) -> Tensor:
@@ -45,8 +52,8 @@ class BaseLinear(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
     def whole_weight(self) -> Tensor:
-        """The weight as the base stores it, unpacked if need be."""
-        if not self._is_packed:
+        """The weight as the base stores it, unpacked or dequantised if need be."""
+        if self._is_whole:
             return self.weight
         weight = self.way.weight()
         return weight.T if isinstance(self.base, Conv1D) else weight
@@ -209,8 +216,16 @@ def let_go_of_weight(module: nn.Module) -> None:
     module.weight = nn.Parameter(weight.new_full((), torch.nan).expand(weight.shape), requires_grad=False)
 
 
+def sizes_of(module: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a Linear, quantised or not, or a Conv1D."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    assert isinstance(module, nn.Linear)
+    return module.out_features, module.in_features
+
+
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight as [out, in] and the bias. Conv1D stores [in, out]."""
+    """The weight as [out, in] and the bias, of a module that is not quantised. Conv1D stores [in, out]."""
     if isinstance(module, Conv1D):
         return module.weight.T, module.bias
     assert isinstance(module, nn.Linear)

@@ -23,8 +23,10 @@ from loraplex.model.lora_layers import (
     LoRAHead,
     LoRALinear,
     let_go_of_weight,
+    sizes_of,
     weight_and_bias,
 )
+from loraplex.model.quantization import is_quantized
 from loraplex.model.step_context import StepContext
 from loraplex.ops import ModulePool, Ops
 
@@ -56,14 +58,17 @@ def find_targets(model: nn.Module) -> dict[str, ModuleShape]:
 
 
 def linear_targets(model: nn.Module) -> dict[str, ModuleShape]:
-    """Those that PEFT's `target_modules` can name: every Linear and Conv1D, the input embedding and the output head."""
+    """Those that PEFT's `target_modules` can name: every Linear (quantised or not) and Conv1D, the input embedding and
+    the output head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     targets = {}
     for name, module in model.named_modules():
         parameters = _parameters(module)
-        if type(module) in _LINEARS:
-            out_features, in_features = weight_and_bias(module)[0].shape
+        if type(module) in _LINEARS or is_quantized(module):
+            out_features, in_features = sizes_of(module)
+            if is_quantized(module):
+                parameters["weight"] = (out_features, in_features)
             targets[name] = ModuleShape(
                 name,
                 in_features,
@@ -124,7 +129,7 @@ def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dic
     a group would need a copy of its weights for nothing."""
     groups: dict[str, list[str]] = {}
     for name, shape in targets.items():
-        if shape.group and is_packed(weight_and_bias(model.get_submodule(name))[0]):
+        if shape.group and _will_be_packed(model.get_submodule(name)):
             groups.setdefault(shape.group, []).append(name)
     found: dict[str, Member] = {}
     for names in groups.values():
@@ -135,6 +140,10 @@ def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dic
             let_go_of_weight(module)
         found |= {name: Member(product, index) for index, name in enumerate(names)}
     return found
+
+
+def _will_be_packed(module: nn.Module) -> bool:
+    return not is_quantized(module) and is_packed(weight_and_bias(module)[0])
 
 
 def base_of(module: nn.Module) -> nn.Module:
