@@ -143,3 +143,13 @@ def test_it_asks_for_torch_and_transformers_alone():
             assert {module.partition(".")[0] for module in modules} <= known, f"{name} imports {modules}"
             todo += [m.rpartition(".")[2] for m in modules if m.startswith("loraplex.bench.")]
     assert seen == {"step", "lora_calls", "machine", "random_model", "roofline"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's own
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_quantised_base(make):
+    result = make(batches=(2,), adapters=(0, 2), quantization="int8", merged=True).run()
+    assert [(row["adapters"], row["merged"]) for row in result["rows"]] == [(0, False), (2, False)]
+    assert result["quantization"]["kind"] == "int8"
+    assert 0 < result["quantization"]["divergence"] < 1
+    assert result["quantization"]["nbytes"] < result["quantization"]["plain_nbytes"]

@@ -7,9 +7,10 @@ GPU machine, too.
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
 from loraplex.engine.sequence import Sequence
 from loraplex.lora.weights import LoRAWeights
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
-from loraplex.model.loader import measure_geometry, wrap_model
+from loraplex.model.loader import BaseModel, load_base, measure_geometry, wrap_model
 from loraplex.model.merged import merge
 from loraplex.ops import select_ops
 
@@ -43,6 +44,7 @@ class StepSettings:
     context                tokens behind each sequence of a decode step
     merged                 each batch also as one adapter's own on its merged weights
     prefill                tokens of a prefill step, 0: none is measured
+    quantization           of the base: a kind of `model.quantization.KINDS`; limits stay those of unquantised weights
     shape                  changes to the model's config
     """
 
@@ -56,6 +58,7 @@ class StepSettings:
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 1
+    quantization: str | None = None
     shape: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -91,7 +94,7 @@ class StepBench:
         dtype = choose_dtype(settings.dtype, device)
         threads = set_threads(settings.threads, device)
         self.limits = limits or measure_limits(device, threads, _dtypes(dtype))
-        self._base = wrap_model(random_llama(dtype, **settings.shape), device)
+        self._base = self._make_base(dtype, device)
         geometry = measure_geometry(self._base.model)
         self._cost = ModelCost.of(self._base.model, self._base.targets, geometry, dtype)
         self._blocks_each = -(-(settings.context + settings.rounds + WARM_UP_ROUNDS + 1) // BLOCK_SIZE)
@@ -104,7 +107,7 @@ class StepBench:
             max_model_len=max(self._blocks_each * BLOCK_SIZE, settings.prefill),
             block_size=BLOCK_SIZE,
             num_blocks=max(self._blocks_each * largest, tokens // BLOCK_SIZE + _DISTINCT_PROMPTS),
-            max_loras=places + settings.merged,
+            max_loras=places + self._is_merging,
         )
         self._ops = CountedOps(select_ops(device))
         self._runner = ModelRunner(self._base, geometry, self._config, self._ops)  # type: ignore[arg-type]
@@ -116,12 +119,25 @@ class StepBench:
         self._weights: list[LoRAWeights] = [
             random_adapter(shapes, rank, seed, dtype) for rank in settings.ranks for seed in seeds
         ]
-        if settings.merged:  # an adapter of its own: what is merged runs so whenever it is alone
+        if self._is_merging:  # an adapter of its own: what is merged runs so whenever it is alone
             own = random_adapter(shapes, settings.bar_rank, len(self._weights), dtype)
             self._runner.install(merge(self._base, own, self._runner.ops))
             self._weights.append(own)
         for place, weights in enumerate(self._weights):
             self._runner.pool.load(place, weights)
+
+    def _make_base(self, dtype: torch.dtype, device: torch.device) -> BaseModel:
+        model = random_llama(dtype, **self._settings.shape)
+        if self._settings.quantization is None:
+            return wrap_model(model, device)
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            return load_base(folder, dtype, device, self._settings.quantization)
+
+    @property
+    def _is_merging(self) -> bool:
+        """Nothing is merged into a quantised base."""
+        return self._settings.merged and self._settings.quantization is None
 
     @property
     def num_rounds(self) -> int:
@@ -154,6 +170,7 @@ class StepBench:
             "shape": f"llama {self._base.num_parameters / 1e6:.1f} M, {self._base.dtype}, {self._base.device}, "
             f"{settings.threads} threads, rank {', '.join(map(str, settings.ranks))}, context {settings.context}",
             "machine": self.limits.to_json(),
+            "quantization": None if self._base.quantization is None else asdict(self._base.quantization),
             "rows": rows,
             "prefill": prefill,
             "base": {str(batch): rate[batch, 0, 0] for batch in settings.batches if (batch, 0, 0) in rate},
@@ -167,7 +184,7 @@ class StepBench:
         settings = self._settings
         base = [Variant(batch, 0, 0)] if 0 in settings.adapters else []
         counts = [count for count in settings.adapters if 0 < count <= batch]
-        merged = [Variant(batch, 1, settings.bar_rank, True)] if settings.merged else []
+        merged = [Variant(batch, 1, settings.bar_rank, True)] if self._is_merging else []
         return base + [Variant(batch, count, rank) for rank in settings.ranks for count in counts] + merged
 
     def _prompt_variants(self) -> list[Variant]:

@@ -44,6 +44,7 @@ def step(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Compute threads.", min=1)] = 1,
+    quantization: Annotated[str | None, typer.Option(help="Of the base: int8, int4 (CUDA) or nf4.")] = None,
     json_output: Json = False,
 ) -> None:
     """Steps of a Llama of 124.7 M parameters, base only and with adapters, side by side, as shares of this machine's
@@ -63,6 +64,7 @@ def step(
         dtype=dtype,
         device=device,
         threads=threads,
+        quantization=quantization,
     )
     with _progress() as progress:
         task = progress.add_task("limits of the machine", total=None)
