@@ -53,7 +53,7 @@ def test_traffic_under_automatic_merging(world: World, count: int):
     alone = run_alone(world, templates)
     rng = random.Random(count)
     with world.engine(merge="auto") as engine:
-        engine.merges._policy = MergePolicy(build_after=3, drop_after=6)
+        engine.merges._policy = policy = MergePolicy(build_after=3, drop_after=6)
         driver = Driver(engine, check=False)
         sent = installed = 0
         was: set[str] = set()
@@ -61,6 +61,7 @@ def test_traffic_under_automatic_merging(world: World, count: int):
         while sent < count or engine.has_work:
             if sent < count and len(engine.scheduler.running) + len(engine.scheduler.waiting) < 8:
                 if sent % 25 == 0:
+                    policy._drops.clear()  # its patience would end the switching that is tested here
                     last_digest = rng.choice([None, *world.adapters])
                 choices = [
                     t for t in templates if last_digest is None or [u.digest for u in t.composition] == [last_digest]
