@@ -31,6 +31,7 @@ FLOORS = {
     "lora": 2,
     "routing": 1,
     "stopping": 1,
+    "background": 1,
     "config": 1.5,
     "errors": 0,
 }

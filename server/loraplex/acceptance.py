@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from loraplex.background import Background
 from loraplex.catalog import AdapterCatalog, Catalogued, Prepared
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse
@@ -24,21 +25,24 @@ from loraplex.text.adapter_texts import AdapterTexts
 
 
 class Acceptance:
-    """`proof_timeout`: seconds for one proof; None: nothing is proven."""
+    """`proof_timeout`: seconds for one proof; None: nothing is proven. Closed by `close`."""
 
     def __init__(self, catalog: AdapterCatalog, texts: AdapterTexts, engine: EngineClient, proof_timeout: float | None):
+        self.background = Background(2)
         self._catalog = catalog
         self._texts = texts
         self._engine = engine
         self._proof_timeout = proof_timeout
-        # The default executor has a handful of threads, and requests need them: uploads may not take them all.
         self._accepting = asyncio.Semaphore(2)
+
+    def close(self) -> None:
+        self.background.close()
 
     async def upload(self, name: str, staging: Staging, who: str) -> Catalogued:
         """Make staged files what `name` means. Raises AdapterError and kin; then nothing is kept."""
         async with self._accepting:
             brought = await self._texts.inspect(staging.folder)
-            prepared = await asyncio.to_thread(self._catalog.prepare, name, staging, brought)
+            prepared = await self.background.run(self._catalog.prepare, name, staging, brought)
             return await self._publish(prepared, staging, "upload", who)
 
     async def folder(self, name: str, folder: Path) -> Catalogued:

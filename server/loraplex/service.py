@@ -99,6 +99,7 @@ class Service:
         self._blaming: set[asyncio.Future[str]] = set()
         proof_timeout = settings.proof_timeout if settings.proof == "on" else None
         self._acceptance = Acceptance(catalog, texts, engine, proof_timeout)
+        self.background = self._acceptance.background
         self.merging = Merging(catalog, engine, settings.merge, info.bytes_per_value)
 
     @classmethod
@@ -136,6 +137,7 @@ class Service:
             texts = AdapterTexts(tokenizer, info.vocab_size)
             stack.push_async_callback(texts.close)
             service = cls(settings, tokenizer, engine, info, catalog, texts, defaults)
+            stack.callback(service._acceptance.close)
             await service._register_folders()
             yield service
 

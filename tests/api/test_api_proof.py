@@ -73,34 +73,34 @@ class Proofs:
 @pytest.mark.usefixtures("cleaned")
 class TestProof:
     def test_until_then_the_name_means_what_it_meant(self, server, client, adapter_folders, monkeypatch):
-        push(client, "v", adapter_folders["green"])
-        first = text_of(client, model="v", max_tokens=12)
+        push(client, "until", adapter_folders["green"])
+        first = text_of(client, model="until", max_tokens=12)
         proofs = Proofs(server, monkeypatch)
         proofs.is_open = False
         with ThreadPoolExecutor() as pool:
             try:
-                pushing = pool.submit(push, client, "v", adapter_folders["grey"])
+                pushing = pool.submit(push, client, "until", adapter_folders["grey"])
                 server.wait_until(lambda: proofs.is_waiting, "a proof that waits")
-                assert text_of(client, model="v", max_tokens=12) == first
-                assert client.get("/v1/adapters/v").json()["versions"] == [1]
+                assert text_of(client, model="until", max_tokens=12) == first
+                assert client.get("/v1/adapters/until").json()["versions"] == [1]
                 assert_error(
-                    client.post("/v1/completions", json={"model": "v@2", "prompt": "a"}), 404, "model_not_found"
+                    client.post("/v1/completions", json={"model": "until@2", "prompt": "a"}), 404, "model_not_found"
                 )
             finally:
                 proofs.is_open = True
             assert pushing.result().status_code == 201
-        assert client.get("/v1/adapters/v").json()["versions"] == [2, 1]
-        assert text_of(client, model="v", max_tokens=12) != first
+        assert client.get("/v1/adapters/until").json()["versions"] == [2, 1]
+        assert text_of(client, model="until", max_tokens=12) != first
 
     def test_one_that_fails_never_answers(self, server, client, adapter_folders, overflowing):
-        push(client, "u", adapter_folders["green"])
-        first = text_of(client, model="u", max_tokens=12)
+        push(client, "failing", adapter_folders["green"])
+        first = text_of(client, model="failing", max_tokens=12)
         blobs = server.service.catalog.store.digests()
-        assert_error(push(client, "u", overflowing), 422, "proof_failed", "NaN or infinity", param="weights")
-        assert_error(push(client, "w", overflowing), 422, "proof_failed")
-        assert text_of(client, model="u", max_tokens=12) == first
-        assert client.get("/v1/adapters/u").json()["versions"] == [1]
-        assert_error(client.get("/v1/adapters/w"), 404, "model_not_found")
+        assert_error(push(client, "failing", overflowing), 422, "proof_failed", "NaN or infinity", param="weights")
+        assert_error(push(client, "failing-too", overflowing), 422, "proof_failed")
+        assert text_of(client, model="failing", max_tokens=12) == first
+        assert client.get("/v1/adapters/failing").json()["versions"] == [1]
+        assert_error(client.get("/v1/adapters/failing-too"), 404, "model_not_found")
         assert server.service.catalog.store.digests() == blobs
 
     def test_the_same_files_are_proven_once(self, server, client, adapter_folders, monkeypatch):

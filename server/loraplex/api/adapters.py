@@ -37,7 +37,7 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
         with service.catalog.store.stage() as staging:
             body = AdapterUpload(staging, boundary, service.catalog.check_name)
             try:
-                await _receive(request, body)
+                await _receive(request, body, service)
                 name = body.finish()
             finally:
                 body.close()
@@ -58,18 +58,18 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
     return JSONResponse(report, 201 if accepted.created else 200)
 
 
-async def _receive(request: Request, body: AdapterUpload) -> None:
-    """Feed the body to the staging in pieces worth a trip to a worker thread."""
+async def _receive(request: Request, body: AdapterUpload, service: Service) -> None:
+    """Feed the body to the staging in pieces worth a trip to a background thread."""
     pending: list[bytes] = []
     size = 0
     async for chunk in request.stream():
         pending.append(chunk)
         size += len(chunk)
         if size >= _BATCH_BYTES:
-            await asyncio.to_thread(body.feed, b"".join(pending))
+            await service.background.run(body.feed, b"".join(pending))
             pending, size = [], 0
     if pending:
-        await asyncio.to_thread(body.feed, b"".join(pending))
+        await service.background.run(body.feed, b"".join(pending))
 
 
 @router.get("")
