@@ -7,11 +7,12 @@ DEV_STAMP := $(VENV)/.installed-dev
 DATA ?= .loraplex
 PORT ?= 8000
 
-.PHONY: help run test test-slow check format bench demo demo-model matrix coverage clean
+.PHONY: help run test test-slow fuzz check format bench demo demo-model matrix coverage clean
 
 help:
 	@echo "make run         serve the demo on http://127.0.0.1:$(PORT)"
 	@echo "make test        run the tests"
+	@echo "make fuzz        20,000 spoilt uploads over HTTP: minutes"
 	@echo "make check       linter, formatter, types, layout"
 	@echo "make bench       the CPU bars, measured: minutes, and gigabytes in the temporary folder"
 	@echo "make demo        all demo tasks in mixed batches, with scores"
@@ -37,14 +38,17 @@ demo: $(STAMP)
 	$(BIN)/loraplex demo
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not fuzz"
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow
 
+fuzz: $(DEV_STAMP)
+	nice -n 10 $(BIN)/python -m pytest -m fuzz -s
+
 coverage: $(DEV_STAMP)
 	$(BIN)/python -m coverage erase
-	NUMBA_DISABLE_JIT=0 $(BIN)/python -m coverage run -m pytest -q -m "not slow"
+	NUMBA_DISABLE_JIT=0 $(BIN)/python -m coverage run -m pytest -q -m "not slow and not fuzz"
 	$(BIN)/python -m coverage report
 
 check: $(DEV_STAMP)
