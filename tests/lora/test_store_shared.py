@@ -97,18 +97,19 @@ def test_the_sweep_leaves_what_another_has_not_yet_published(ours: AdapterStore,
 
 
 def test_published_while_the_other_sweeps(ours: AdapterStore, theirs: AdapterStore):
-    """Their commit, row and end of hold fall between our two looks at the registry."""
+    """Files that nothing named are pushed again: their commit, row and end of hold fall between our two looks at the
+    registry."""
     live: set[str] = set()
-    unused = put(ours, b"unused")
+    unused, again = put(ours, b"unused"), put(ours, b"again")
 
     def look() -> frozenset[str]:
         seen = frozenset(live)
         if not live:
-            live.add(put(theirs))
+            live.add(put(theirs, b"again"))
         return seen
 
     assert ours.sweep(look) == [unused]
-    assert ours.digests() == live
+    assert ours.digests() == live == {again}
 
 
 def test_both_sweep(ours: AdapterStore, theirs: AdapterStore):
