@@ -20,9 +20,12 @@ FLOORS = {
     "acceptance": 4.9,
     "merging": 4.9,
     "offline_check": 4.9,
+    "routes": 4.87,
+    "resolution": 4.85,
     "catalog": 4.8,
     "proof_record": 4.7,
     "generation_request": 4.6,
+    "flight": 4.55,
     "generation": 4.5,
     "text": 4.3,
     "engine": 4,
@@ -117,7 +120,7 @@ def test_bookkeeping_imports_no_torch():
     run_python(
         "import sys\n"
         "import loraplex.engine.scheduler, loraplex.engine.block_manager, loraplex.engine.waiting_queue\n"
-        "import loraplex.routing.names\n"
+        "import loraplex.routing.guard, loraplex.routing.document, loraplex.routing.router\n"
         "assert 'torch' not in sys.modules\n"
     )
 

@@ -82,9 +82,10 @@ class AdapterCatalog:
     # -- in ---------------------------------------------------------------------------------------------------
 
     def check_name(self, name: str) -> str:
-        """Raises InvalidName, or AdapterConflict for the base's name."""
+        """Raises InvalidName, or AdapterConflict for the base's name and that of a route."""
         if validate_name(name) == self._base_name:
             raise AdapterConflict(f"{name!r} is the name of the base model; choose another one.", param="name")
+        self.registry.routes.refuse_alias(name)
         return name
 
     def prepare(self, name: str, staging: Staging, brought: Brought) -> Prepared:

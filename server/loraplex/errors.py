@@ -4,7 +4,8 @@
     ├── InvalidRequest              the request cannot be served as it is written
     │   ├── InvalidName             a name outside the grammar
     │   └── ContextLengthExceeded   prompt + max_tokens do not fit the model
-    ├── ModelNotFound               no base, adapter or version of that name
+    ├── ModelNotFound               no base, adapter, version or route of that name
+    ├── RouteChanged                somebody changed the route since the caller looked at it
     ├── AdapterError                about the files or the life of one adapter
     │   ├── AdapterInvalid          not a LoRA for this base, or not one we understand exactly
     │   ├── PickleRefused           weights in a format that can run code
@@ -53,6 +54,10 @@ class ContextLengthExceeded(InvalidRequest):
 
 class ModelNotFound(LoraplexError):
     code = "model_not_found"
+
+
+class RouteChanged(LoraplexError):
+    code = "route_changed"
 
 
 class AdapterError(LoraplexError):

@@ -25,6 +25,7 @@ from loraplex.errors import (
 )
 from loraplex.model.detokenizer import Detokenizer
 from loraplex.model.tokenizer import Tokenizer
+from loraplex.routing.router import Routed
 from loraplex.stopping import StopMatcher
 
 PROOF_RETRY_SECONDS = 30
@@ -88,9 +89,10 @@ class _Choice:
 class Generation:
     """A running request. `deltas` starts it; whoever made it must `close` it, started or not.
 
-    model, adapter  the concrete name that answers, and the version that was resolved ("" for the base)
+    model, adapter  the concrete name that answers, and the same for adapters only ("" for the base)
     end_token_ids   of the requests' stop tokens those that end an answer as EOS does, without being named in it
-    on_non_finite   told when a choice with an adapter ends with NaN
+    on_non_finite   told when a choice ends with NaN; None: nobody is to blame for it
+    routed          how a route led here; None: no route was asked
     lifetime        holds of the adapter's files, closed with the generation
     """
 
@@ -105,6 +107,7 @@ class Generation:
     lifetime: AsyncExitStack
     end_token_ids: frozenset[int] = frozenset()
     on_non_finite: OnNonFinite | None = None
+    routed: Routed | None = None
     usage: Usage = field(default_factory=Usage)
     _choices: dict[str, _Choice] = field(default_factory=dict)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.generation import OutputOptions
+from loraplex.routing.router import Asked
 from loraplex.text.profile import ServingProfile
 from loraplex.text.sampling_defaults import SamplingDefaults, with_defaults
 
@@ -17,6 +18,7 @@ class GenerationRequest:
 
     silent          names of `params` that the request does not give: the adapter's profile, then the base's generation
                     config decide. "stop" is one of them: then the profile's stop strings hold
+    asked           what decides where a route sends it
     max_tokens      None: the profile's, the generation config's, `usual_max_tokens`, or as many as fit
     """
 
@@ -34,6 +36,7 @@ class GenerationRequest:
     seed: int | None = None
     options: OutputOptions = OutputOptions()
     salt: bytes = b""
+    asked: Asked = Asked()
 
     def with_defaults(
         self, profile: ServingProfile, base: SamplingDefaults, ends: frozenset[int]

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +19,12 @@ from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.async_engine import AsyncEngine
 from loraplex.engine.build import EngineInfo, EngineSpec, build_engine
 from loraplex.engine.engine import Engine, EngineStats
-from loraplex.engine.messages import AdapterUse, Composition, EngineRequest
+from loraplex.engine.messages import Composition, EngineRequest
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import (
-    AdapterLoadFailed,
     ContextLengthExceeded,
     InvalidRequest,
     LoraplexError,
-    ModelNotFound,
     NotReady,
     Overloaded,
     StartupError,
@@ -43,7 +41,8 @@ from loraplex.lora.version import Version
 from loraplex.merging import Merging
 from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
-from loraplex.routing.names import nearest_names, parse_model
+from loraplex.resolution import Names, Resolved
+from loraplex.routes import Routes
 from loraplex.text.adapter_text import AdapterText
 from loraplex.text.adapter_texts import AdapterTexts
 from loraplex.text.sampling_defaults import SamplingDefaults
@@ -53,23 +52,6 @@ logger = structlog.get_logger(__name__)
 MAX_CHOICES = 16
 MAX_PROMPTS = 256
 REGISTRY_FILE = "registry.sqlite"
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """What a `model` field means now. `adapter` None: the base."""
-
-    model: str  # the concrete name: "sql@3", or the base's
-    adapter: Version | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """An adapter whose files stay; `folder` None: the base."""
-
-    resolved: Resolved
-    folder: Path | None = None
-    composition: Composition = ()
 
 
 class Service:
@@ -93,6 +75,8 @@ class Service:
         self.info = info
         self.catalog = catalog
         self.base_name = settings.base_name
+        self.names = Names(catalog, settings.base_name, info.bytes_per_value)
+        self.routes = Routes(catalog.registry.routes, self.names, settings.base_name)
         self.started_at = time.time()
         self.is_draining = False
         self.num_running = 0
@@ -139,6 +123,8 @@ class Service:
             service = cls(settings, tokenizer, engine, info, catalog, texts, defaults)
             stack.callback(service._acceptance.close)
             await service._register_folders()
+            await asyncio.to_thread(service.routes.load)
+            stack.push_async_callback(service.routes.settled)
             yield service
 
     async def _register_folders(self) -> None:
@@ -156,21 +142,9 @@ class Service:
     # -- names ------------------------------------------------------------------------------------------------
 
     def resolve(self, model: str) -> Resolved:
-        """Raises ModelNotFound with the nearest names, InvalidName for what is no name."""
-        ref = parse_model(model)
-        if ref.name == self.base_name:
-            if ref.version is not None:
-                raise ModelNotFound(f"The base model {self.base_name!r} has no versions.", param="model")
-            return Resolved(self.base_name, None)
-        try:
-            version = self.catalog.get(ref.name, ref.version)
-        except ModelNotFound as error:
-            if error.code != ModelNotFound.code:  # it exists, and cannot be served
-                raise
-            near = nearest_names(ref.name, [self.base_name, *self.catalog.names()])
-            hint = f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-            raise ModelNotFound(f"The model {model!r} does not exist: {error.message}{hint}", param="model") from error
-        return Resolved(version.model_id, version)
+        """What `model` means now; of a route its main target. Raises ModelNotFound with the nearest names, InvalidName
+        for what is no name."""
+        return self.names.resolve(self.routes.main_target(model))
 
     # -- generation -------------------------------------------------------------------------------------------
 
@@ -182,7 +156,7 @@ class Service:
         self._check_named_tokens(request.params)
         lifetime = AsyncExitStack()
         try:
-            held = await asyncio.to_thread(self._hold, request.model, lifetime)
+            held = await asyncio.to_thread(self.routes.hold, request.model, request.asked, lifetime)
             text = await self.texts.of(held.resolved.adapter, held.folder)
             ends = text.end_token_ids - self.info.config.eos_token_ids
             request = request.with_defaults(text.profile, self._defaults, ends)
@@ -200,15 +174,16 @@ class Service:
         return Generation(
             request_id=request_id,
             model=held.resolved.model,
-            adapter=held.resolved.adapter.model_id if held.resolved.adapter else "",
+            adapter=held.resolved.model if held.resolved.uses else "",
             requests=requests,
             options=request.options,
             num_choices=request.n,
-            engine=self.engine,
+            engine=self.routes.watched(self.engine, held.routed),
             tokenizer=text.tokenizer,
             lifetime=lifetime,
             end_token_ids=ends,
-            on_non_finite=partial(self._on_non_finite, held.resolved.adapter),
+            on_non_finite=None if (sole := held.resolved.sole) is None else partial(self._on_non_finite, sole),
+            routed=held.routed,
         )
 
     def _check_open(self) -> None:
@@ -248,25 +223,12 @@ class Service:
     def _release(self, num_sequences: int) -> None:
         self.num_running -= num_sequences
 
-    def _hold(self, model: str, lifetime: AsyncExitStack) -> "_Held":
-        """What `model` means; its files stay for the length of `lifetime`. Blocking."""
-        resolved = self.resolve(model)
-        if resolved.adapter is None:
-            return _Held(resolved)
-        try:
-            folder = lifetime.enter_context(self.catalog.hold(resolved.adapter.digest))
-        except AdapterLoadFailed:
-            if self.resolve(model) == resolved:  # else it was deleted or replaced between the two lines above
-                raise
-            return self._hold(model, lifetime)
-        nbytes = resolved.adapter.facts.num_values * self.info.bytes_per_value
-        return _Held(resolved, folder, (AdapterUse(resolved.adapter.digest, nbytes),))
-
     @asynccontextmanager
     async def text_of(self, model: str) -> AsyncIterator[AdapterText]:
         """The text side of what `model` means. Raises ModelNotFound and kin."""
         async with AsyncExitStack() as lifetime:
-            held = await asyncio.to_thread(self._hold, model, lifetime)
+            main = await asyncio.to_thread(self.routes.main_target, model)
+            held = await asyncio.to_thread(self.names.hold, main, lifetime)
             yield await self.texts.of(held.resolved.adapter, held.folder)
 
     async def _encode(self, request: GenerationRequest, text: AdapterText) -> list[tuple[int, ...]]:
@@ -362,9 +324,8 @@ class Service:
             logger.warning("deleted adapters still lie on the disk", reason=error.message)
         return deleted
 
-    async def _on_non_finite(self, version: Version | None, request: EngineRequest, output: Sequence[int]) -> str:
+    async def _on_non_finite(self, version: Version, request: EngineRequest, output: Sequence[int]) -> str:
         """A row of `version` gave NaN. To its end, even when the client of that row goes away meanwhile."""
-        assert version is not None, "only requests with an adapter are told of"
         blaming = asyncio.ensure_future(self._blame(version, request, output))
         self._blaming.add(blaming)
         blaming.add_done_callback(self._blaming.discard)

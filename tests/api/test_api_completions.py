@@ -351,12 +351,6 @@ def test_what_is_not_implemented_is_refused_by_name(client, name, value):
     assert_error(reply, 400, "unsupported_parameter", name, param=name)
 
 
-@pytest.mark.parametrize("model", ["red+blue", "red=0.5,blue=0.5", "base:red"])
-def test_compositions_are_refused_by_name(client, model):
-    reply = client.post("/v1/completions", json={"model": model, "prompt": "a"})
-    assert_error(reply, 400, "unsupported_composition", "composition", param="model")
-
-
 def test_kernels_compile_before_the_first_request_only(server: LiveServer, client):
     """What is compiled during a request stalls everybody."""
     import numba.core.dispatcher

@@ -1,6 +1,7 @@
 """A program that kills processes at the steps of the disk tier and looks at what they leave.
 
     python crashes.py one   ROOT URL SEED ROUNDS     one process at a time, killed at every step in turn
+    python crashes.py routes ROOT URL SEED ROUNDS    the same at the steps of a change of a route
     python crashes.py three ROOT URL SEED ROUNDS     three on one store and registry, each killed somewhere
 
 It stays light (no torch) and forks, so that a kill costs tens of milliseconds. Prints, as JSON, how often a process was
@@ -14,11 +15,12 @@ import signal
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from disk_tier import digest_of, opened
-from registry_model import CONTENTS, RegistryModel
+from registry_model import CONTENTS, RegistryModel, alias_of
 
 from loraplex.lora.steps import STEPS
 
@@ -26,11 +28,12 @@ Operation = tuple[str, str, int | None]
 
 
 def operations(rng: random.Random, names: list[str], count: int, *, damages: bool) -> list[Operation]:
-    verbs = ["push"] * 6 + ["rollback"] * 3 + ["delete"] * 2 + ["sweep"] + ["damage"] * 2 * damages
+    verbs = ["push"] * 6 + ["rollback"] * 3 + ["delete"] * 2 + ["sweep"] + ["route"] * 4 + ["damage"] * 2 * damages
     made: list[Operation] = []
     while len(made) < count:
         verb, name = rng.choice(verbs), rng.choice(names)
         number = rng.randrange(len(CONTENTS)) if verb in ("push", "damage") else rng.choice([None, None, 1, 2, 3])
+        number = rng.choice([None, 1, 2, 3]) if verb == "route" else number
         made.append((verb, name, number))
         if verb == "damage":
             made.append(("push", name, number))
@@ -43,6 +46,8 @@ def leading_to(step: str, rng: random.Random) -> list[Operation]:
     pushes: list[Operation] = [("push", "a", first), ("push", "a", second)]
     if "damaged" in step:
         return [*pushes, ("damage", "a", first), ("push", "a", first)]
+    if step.startswith("route:"):
+        return [("route", "a", 7), ("route", "a", None), ("route", "a", 8), ("route", "b", 8)]
     if step.startswith("rollback:"):
         return [*pushes, ("rollback", "a", None)]
     return [*pushes, ("delete", "b", None), ("delete", "a", None), *pushes]
@@ -130,11 +135,11 @@ def damaged_by(done: list[Operation], under_way: list[Operation]) -> set[int]:
     return lost
 
 
-def one_at_a_time(root: Path, url: str, rng: random.Random, rounds: int) -> Counter[str]:
+def one_at_a_time(root: Path, url: str, rng: random.Random, rounds: int, steps: Sequence[str] = STEPS) -> Counter[str]:
     kills: Counter[str] = Counter()
     model = RegistryModel()
     for _ in range(rounds):
-        for step in STEPS:
+        for step in steps:
             todo = operations(rng, ["a", "b"], rng.randrange(6), damages=True)
             todo += [*leading_to(step, rng), *operations(rng, ["a", "b"], 4, damages=True)]
             pid, acknowledged = fork(root, url, todo, Killer(step, rng.choice([1, 1, 2, 3])))
@@ -146,6 +151,10 @@ def one_at_a_time(root: Path, url: str, rng: random.Random, rounds: int) -> Coun
             model = check(root, url, candidates, damaged_by(todo[:count], under_way))
             kills[step] += killed
     return kills
+
+
+def routes_changed(root: Path, url: str, rng: random.Random, rounds: int) -> Counter[str]:
+    return one_at_a_time(root, url, rng, rounds, [step for step in STEPS if step.startswith("route:")])
 
 
 def three_at_once(root: Path, url: str, rng: random.Random, rounds: int) -> Counter[str]:
@@ -182,13 +191,14 @@ def three_at_once(root: Path, url: str, rng: random.Random, rounds: int) -> Coun
 
 def part(seen: dict[str, Any], name: str) -> dict[str, Any]:
     """What is seen of one name."""
-    names = {name: seen["names"][name]} if name in seen["names"] else {}
-    return {"names": names, "events": [event for event in seen["events"] if event[1] == name]}
+    ours = {name, alias_of(name)}
+    found = {key: {one: of for one, of in seen[key].items() if one in ours} for key in ("names", "routes")}
+    return {**found, "events": [event for event in seen["events"] if event[1] in ours]}
 
 
 def main() -> None:
     how, root, url, seed, rounds = sys.argv[1:]
-    run = {"one": one_at_a_time, "three": three_at_once}[how]
+    run = {"one": one_at_a_time, "routes": routes_changed, "three": three_at_once}[how]
     kills = run(Path(root), url, random.Random(int(seed)), int(rounds))
     assert "torch" not in sys.modules
     json.dump(kills, sys.stdout)

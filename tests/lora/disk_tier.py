@@ -2,15 +2,16 @@
 without torch, so that a process that holds it starts and forks fast."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from registry_model import CONTENTS
+from registry_model import CONTENTS, alias_of
 
 from loraplex.errors import AdapterConflict, ModelNotFound
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME, adapter_digest, file_sha256
+from loraplex.lora.event import ROUTE_DELETE, ROUTE_SET
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.files import CONFIG, WEIGHTS
 from loraplex.lora.registry import Registry
@@ -59,6 +60,12 @@ class DiskTier:
     def _sweep(self, name: str, number: int | None) -> None:
         self.store.sweep(self.registry.live_digests)
 
+    def _route(self, name: str, number: int | None) -> None:
+        action = ROUTE_DELETE if number is None else ROUTE_SET
+        document = None if number is None else {"number": number}
+        with suppress(ModelNotFound):
+            self.registry.routes.change(alias_of(name), lambda was: document, who="me", action=action)
+
     def _damage(self, name: str, content: int) -> None:
         """The disk loses something. Whoever pushes the content next repairs it."""
         path = self.store.path(digest_of(content)) / WEIGHTS_NAME
@@ -74,11 +81,12 @@ class DiskTier:
                 "versions": dict(sorted(versions.items())),
                 "current": self.registry.get(one.name).version,
             }
+        routes = {one.alias: (one.revision, number_of(one.document)) for one in self.registry.routes.list()}
         events = [
             (event.action, event.name, event.version, *(number_of(event.detail[key]) for key in ("was", "now")))
             for event in reversed(self.registry.events()[0])
         ]
-        return {"names": names, "events": events}
+        return {"names": names, "routes": routes, "events": events}
 
     def broken(self, digests: frozenset[str]) -> set[int]:
         """The contents among `digests` whose blob is not whole."""
@@ -109,5 +117,8 @@ def opened(root: Path, url: str, step: Step = unwatched) -> Iterator[DiskTier]:
         tier.close()
 
 
-def number_of(model_id: str | None) -> int | None:
-    return None if model_id is None else int(model_id.partition("@")[2])
+def number_of(meant: str | Mapping[str, int] | None) -> int | None:
+    """Of "name@3", or of the document of a route."""
+    if isinstance(meant, str):
+        return int(meant.partition("@")[2])
+    return None if meant is None else meant["number"]

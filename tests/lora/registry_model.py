@@ -24,9 +24,11 @@ class Name:
 @dataclass
 class RegistryModel:
     """An operation is (verb, name, number): push a content, rollback (to a version, or None), delete (a version, or
-    None for all). One that the registry refuses changes nothing here."""
+    None for all), route (the name's own alias to a number, or None to delete it). One that the registry refuses
+    changes nothing here."""
 
     names: dict[str, Name] = field(default_factory=dict)
+    routes: dict[str, list[int | None]] = field(default_factory=dict)  # what every revision says; None: deleted
     events: list[tuple[str, str, int, int | None, int | None]] = field(default_factory=list)
 
     def after(self, operation: tuple[str, str, int | None]) -> "RegistryModel":
@@ -70,6 +72,14 @@ class RegistryModel:
             one.live = [other for other in one.live if other != number]
         self.events += [("delete", name, number, was, one.current) for number in chosen]
 
+    def route(self, name: str, number: int | None) -> None:
+        revisions = self.routes.setdefault(alias_of(name), [])
+        was = revisions[-1] if revisions else None
+        if was != number:
+            revisions.append(number)
+            action = "route_delete" if number is None else "route_set"
+            self.events.append((action, alias_of(name), len(revisions), was, number))
+
     def damage(self, name: str, content: int) -> None:
         """Not the registry's matter."""
 
@@ -83,8 +93,15 @@ class RegistryModel:
             for name, one in sorted(self.names.items())
             if one.ready
         }
-        return {"names": names, "events": self.events}
+        routes = {
+            alias: (len(one), one[-1]) for alias, one in sorted(self.routes.items()) if one and one[-1] is not None
+        }
+        return {"names": names, "routes": routes, "events": self.events}
 
     @property
     def contents(self) -> set[int]:
         return {content for one in self.names.values() for content in one.ready.values()}
+
+
+def alias_of(name: str) -> str:
+    return f"to-{name}"

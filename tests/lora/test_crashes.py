@@ -42,6 +42,14 @@ def test_killed_at_every_step(crash: Crash, registry_url: str):
     assert kills.total() >= (135 if is_sqlite else 65), kills
 
 
+def test_killed_while_routes_change(crash: Crash, registry_url: str):
+    """A hundred kills and more: the last acknowledged routes are there."""
+    is_sqlite = registry_url.startswith("sqlite")
+    kills = crash("routes", 26 if is_sqlite else 4)
+    assert {step.partition(":")[0] for step in kills} == {"route"}
+    assert kills.total() >= (100 if is_sqlite else 14), kills
+
+
 def test_three_processes_killed_on_one_store(crash: Crash):
     assert crash("three", 8).total() >= 8
 

@@ -372,10 +372,13 @@ def test_the_migrations_make_the_tables(registry: Registry):
 
 
 def test_a_newer_releases_database_is_refused(registry: Registry, registry_url: str):
-    registry._database.write(lambda c: c.execute(text("UPDATE alembic_version SET version_num = '9999'")))
+    with registry._database.reading() as connection:
+        ours = connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one()
+    change = text("UPDATE alembic_version SET version_num = :to")
+    registry._database.write(lambda c: c.execute(change, {"to": "9999"}))
     with pytest.raises(StartupError, match="newer release"):
         Registry(registry_url, "base")
-    registry._database.write(lambda c: c.execute(text("UPDATE alembic_version SET version_num = '0004'")))
+    registry._database.write(lambda c: c.execute(change, {"to": ours}))
 
 
 # -- several at once --------------------------------------------------------------------------------------------

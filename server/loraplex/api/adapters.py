@@ -143,16 +143,16 @@ async def delete_adapter(model: str, request: Request, service: TheService) -> d
 @router.get("/{name}/history")
 async def history(name: str, service: TheService, offset: Offset = 0, limit: Limit = 100) -> dict[str, Any]:
     """The changes of a name, deleted or not, latest first."""
-    return await _events(service, parse_model(name).name, offset, limit)
+    return await list_events(service, parse_model(name).name, offset, limit)
 
 
 @audit_router.get("")
 async def audit(service: TheService, offset: Offset = 0, limit: Limit = 100) -> dict[str, Any]:
     """The changes of all names, latest first."""
-    return await _events(service, None, offset, limit)
+    return await list_events(service, None, offset, limit)
 
 
-async def _events(service: Service, name: str | None, offset: int, limit: int) -> dict[str, Any]:
+async def list_events(service: Service, name: str | None, offset: int, limit: int) -> dict[str, Any]:
     events, total = await asyncio.to_thread(service.catalog.history, name, offset, limit)
     return {"object": "list", "data": [_describe_event(event) for event in events], "offset": offset, "total": total}
 

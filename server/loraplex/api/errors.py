@@ -28,6 +28,7 @@ _STATUS: dict[type[errors.LoraplexError], int] = {
     UnsupportedMediaType: 415,
     errors.InvalidRequest: 400,
     errors.ModelNotFound: 404,
+    errors.RouteChanged: 412,
     errors.AdapterInvalid: 422,
     errors.PickleRefused: 415,
     errors.AdapterTooLarge: 413,

@@ -5,6 +5,7 @@ Non-streaming folds the stream: there is one way to generate. Shapes: OpenAI's A
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Any
 
 import structlog
@@ -20,6 +21,8 @@ from loraplex.api.streaming import DONE, ClientGone, EventStream, event, unless_
 from loraplex.errors import LoraplexError
 from loraplex.generation import Generation
 from loraplex.lora.version import Version
+from loraplex.routes import Live
+from loraplex.routing.router import Asked
 from loraplex.service import Service
 
 logger = structlog.get_logger(__name__)
@@ -43,7 +46,7 @@ Tenant = Annotated[bytes, Depends(tenant_of)]
 async def completions(
     body: CompletionRequest, request: Request, service: TheService, metrics: TheMetrics, tenant: Tenant
 ) -> Response:
-    generation = await service.generate(body.to_service(tenant))
+    generation = await service.generate(replace(body.to_service(tenant), asked=asked_of(request, body)))
     return await _answer(body, request, metrics, generation, CompletionReply(generation))
 
 
@@ -51,7 +54,7 @@ async def completions(
 async def chat_completions(
     body: ChatCompletionRequest, request: Request, service: TheService, metrics: TheMetrics, tenant: Tenant
 ) -> Response:
-    generation = await service.generate(body.to_service(tenant))
+    generation = await service.generate(replace(body.to_service(tenant), asked=asked_of(request, body)))
     return await _answer(body, request, metrics, generation, ChatReply(generation))
 
 
@@ -62,7 +65,7 @@ async def _answer(
     generation: Generation,
     reply: Reply,
 ) -> Response:
-    headers = {"x-loraplex-adapter": generation.adapter or generation.model}
+    headers = {"x-loraplex-adapter": generation.adapter or generation.model, **_route_headers(generation)}
     if body.ignored_params:
         headers["x-ignored-params"] = ",".join(body.ignored_params)
     if body.stream:
@@ -80,6 +83,23 @@ async def _answer(
     if generation.adapter and service_of(request).settings.merge != "off":
         headers["x-loraplex-merged-tokens"] = str(generation.usage.merged_tokens)
     return JSONResponse(whole, headers=headers)
+
+
+def asked_of(request: Request, body: CompletionRequest | ChatCompletionRequest) -> Asked:
+    """What a route may decide by."""
+    metadata = body.metadata if isinstance(body.metadata, dict) else {}
+    user = body.user if isinstance(body.user, str) else None
+    return Asked(user, tenant_of(request).hex() or None, request.headers, metadata)
+
+
+def _route_headers(generation: Generation) -> dict[str, str]:
+    routed = generation.routed
+    if routed is None:
+        return {}
+    headers = {"x-loraplex-route": routed.alias}
+    if routed.reason is not None:
+        headers["x-loraplex-fallback"] = f"{routed.target}: {routed.reason}"
+    return headers
 
 
 async def _fold(generation: Generation, reply: Reply, metrics: Metrics) -> dict[str, Any]:
@@ -122,13 +142,17 @@ def _with_usage(chunk: dict[str, Any], reply: Reply, usage: bool, continuous: bo
 
 @router.get("/models")
 def models(service: TheService) -> dict[str, Any]:
-    """The base first, then every adapter by name, then nothing else: aliases come with routing."""
+    """The base first, then every adapter by name, then the routes by alias."""
     adapters = [model_card(service, version.name, version) for version in service.catalog.served()]
-    return {"object": "list", "data": [base_card(service), *adapters]}
+    routes = [route_card(service, live) for live in service.routes.all()]
+    return {"object": "list", "data": [base_card(service), *adapters, *routes]}
 
 
 @router.get("/models/{model:path}")
 def model(model: str, service: TheService) -> dict[str, Any]:
+    live = service.routes.find(model)
+    if live is not None:
+        return route_card(service, live)
     resolved = service.resolve(model)
     return base_card(service) if resolved.adapter is None else model_card(service, model, resolved.adapter)
 
@@ -143,6 +167,20 @@ def base_card(service: Service) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.info.config.max_model_len,
         "permission": [],
+    }
+
+
+def route_card(service: Service, live: Live) -> dict[str, Any]:
+    return {
+        "id": live.route.alias,
+        "object": "model",
+        "created": int(live.revision.at.timestamp()),
+        "owned_by": "loraplex",
+        "root": live.route.alias,
+        "parent": service.base_name,
+        "max_model_len": service.info.config.max_model_len,
+        "permission": [],
+        "targets": [target.model for target in live.route.targets],
     }
 
 

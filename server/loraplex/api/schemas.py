@@ -14,6 +14,7 @@ from loraplex.errors import InvalidRequest
 from loraplex.generation import OutputOptions
 from loraplex.generation_request import GenerationRequest
 from loraplex.model.tokenizer import require_unicode
+from loraplex.routing.composition import MAX_PARTS, MAX_SCALE, scaled
 from loraplex.stopping import MAX_STOP_CHARS, MAX_STOPS
 
 MAX_MESSAGES = 2048
@@ -23,7 +24,7 @@ SEED = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TOKEN = Annotated[int, Field(ge=0, lt=2**31)]
 # Lists stop at their first fault: a body of a million faults would become a million error objects.
 TOKENS = Annotated[list[TOKEN], Field(fail_fast=True, max_length=MAX_PROMPT_TOKENS)]
-IGNORED = {"user", "request_id", "priority", "metadata", "store", "service_tier", "parallel_tool_calls"}
+IGNORED = {"request_id", "priority", "store", "service_tier", "parallel_tool_calls"}
 """Known, harmless and without meaning here."""
 UNSUPPORTED = {
     **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), ()),
@@ -47,12 +48,22 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+class AdapterPart(BaseModel):
+    """An adapter that is added to `model`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(max_length=128)]
+    scale: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
+
+
 class _Sampling(BaseModel):
     """What completions and chat have in common."""
 
     model_config = ConfigDict(extra="allow")
 
     model: Annotated[str, Field(max_length=256)]
+    adapters: Annotated[list[AdapterPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: int | None = None
@@ -73,6 +84,8 @@ class _Sampling(BaseModel):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    user: Any = None  # this and the next are for routes alone
+    metadata: Any = None
 
     @field_validator("stop")
     @classmethod
@@ -80,6 +93,11 @@ class _Sampling(BaseModel):
         for text in [value] if isinstance(value, str) else value or ():
             require_unicode(text)
         return value
+
+    @property
+    def composed(self) -> str:
+        """`model` and `adapters` as one: the base as `model` adds nothing."""
+        return "+".join((self.model, *(scaled(part.name, part.scale) for part in self.adapters or ())))
 
     @property
     def ignored_params(self) -> list[str]:
@@ -180,7 +198,7 @@ class CompletionRequest(_Sampling):
             prompts = [prompts]
         echo = bool(self.echo)
         return GenerationRequest(
-            model=self.model,
+            model=self.composed,
             prompts=prompts,  # type: ignore[arg-type]
             add_special_tokens=self.add_special_tokens is not False,
             max_tokens=self.max_tokens,
@@ -261,7 +279,7 @@ class ChatCompletionRequest(_Sampling):
                 "add_generation_prompt and continue_final_message exclude each other.", param="continue_final_message"
             )
         return GenerationRequest(
-            model=self.model,
+            model=self.composed,
             messages=[message.to_template() for message in self.messages],
             add_generation_prompt=self.add_generation_prompt is not False and not continue_final,
             continue_final_message=continue_final,

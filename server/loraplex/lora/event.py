@@ -1,4 +1,4 @@
-"""Event: a change of the registry: who did what to which adapter, and when."""
+"""Event: a change of the registry: who did what to which adapter or route, and when."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +9,12 @@ PUSH = "push"
 ROLLBACK = "rollback"
 DELETE = "delete"
 QUARANTINE = "quarantine"
+
+ROUTE_SET = "route_set"
+ROUTE_RAMP = "route_ramp"
+ROUTE_PROMOTE = "route_promote"
+ROUTE_ROLLBACK = "route_rollback"
+ROUTE_DELETE = "route_delete"
 
 LOCAL = "local"
 """Somebody on a server that asks for no key."""
@@ -22,7 +28,8 @@ SERVER = "server"
 class Event:
     """`id` grows with every change; `at` is what the clock said (UTC). `who` is LOCAL, OPERATOR, SERVER, or "key:" and
     the beginning of the SHA-256 of the caller's key. `detail` is a JSON object: the digest of the files, what the name
-    meant before (`was`) and means since (`now`)."""
+    meant before (`was`) and means since (`now`). Of a route `version` is the revision, `was` and `now` are documents
+    (None: there was none), and `reason` says why the server changed it."""
 
     id: int
     at: datetime

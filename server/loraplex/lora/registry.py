@@ -23,6 +23,7 @@ from loraplex.lora.database import Database
 from loraplex.lora.digest import validate_digest
 from loraplex.lora.event import DELETE, PUSH, QUARANTINE, ROLLBACK, Event
 from loraplex.lora.facts import AdapterFacts
+from loraplex.lora.route_revisions import RouteRevisions, refuse_alias
 from loraplex.lora.rows import event_of_row, row_of_version, version_of_row
 from loraplex.lora.steps import Step, unwatched
 from loraplex.lora.tables import adapters, events, identity, versions
@@ -57,6 +58,7 @@ class Registry:
         self._database = Database(url)
         self._base = base_fingerprint
         self._step = step
+        self.routes = RouteRevisions(self._database, step)
         self._is_mine = _IS_READY & (versions.c.base_fingerprint == base_fingerprint)
 
     def close(self) -> None:
@@ -92,7 +94,8 @@ class Registry:
         """Make `name` mean the files `digest`.
 
         If a ready version of the name on this base is made of them, it is that version, with the new report and proof
-        if it had none, and out of quarantine; else they become the next version. Raises InvalidName.
+        if it had none, and out of quarantine; else they become the next version. Raises InvalidName, and
+        AdapterConflict for the name of a route.
         """
         validate_name(name)
         validate_digest(digest)
@@ -114,6 +117,7 @@ class Registry:
         def change(connection: Connection) -> Change:
             self._step("publish: begun")
             last = self._claim(connection, name)
+            refuse_alias(connection, name)
             same = self._first(connection, self._mine(name).where(versions.c.digest == digest))
             previous = self._current(connection, name)
             if previous is not None and previous.digest == digest:
@@ -301,7 +305,8 @@ class Registry:
             return frozenset(connection.execute(select(versions.c.digest).where(_IS_READY).distinct()).scalars())
 
     def check_integrity(self) -> None:
-        """Raise AssertionError if a version is newer than its name's last number, or two share a precedence."""
+        """Raise AssertionError if a version is newer than its name's last number, two share a precedence, or a route
+        has an adapter's name."""
         beyond = (
             select(versions.c.name, versions.c.version)
             .join(adapters, adapters.c.name == versions.c.name)
@@ -312,6 +317,7 @@ class Registry:
         with self._database.reading() as connection:
             assert (row := connection.execute(beyond).first()) is None, f"{row} is beyond its name's last version"
             assert (row := connection.execute(doubled).first()) is None, f"two versions of {row} have one precedence"
+        self.routes.check_integrity()
 
     # -- within a transaction ---------------------------------------------------------------------------------
 
@@ -397,7 +403,9 @@ class Registry:
         )
 
     def _was_ever(self, connection: Connection, name: str) -> bool:
-        return connection.execute(select(adapters.c.name).where(adapters.c.name == name)).first() is not None
+        """Whether it was an adapter's; a route's name has a row without versions."""
+        query = select(adapters.c.name).where(adapters.c.name == name, adapters.c.last_version > 0)
+        return connection.execute(query).first() is not None
 
     def _not_found(self, connection: Connection, name: str, version: int | None) -> ModelNotFound:
         there = select(versions).where(versions.c.name == name, _IS_READY).order_by(versions.c.version)

@@ -61,7 +61,7 @@ def version_of_row(row: Row[Any], base_fingerprint: str) -> Version:
         digest=row.digest,
         base_fingerprint=row.base_fingerprint,
         state=state,
-        created_at=_in_utc(row.created_at),
+        created_at=in_utc(row.created_at),
         source=row.source,
         facts=facts,
         report=row.report,
@@ -72,9 +72,9 @@ def version_of_row(row: Row[Any], base_fingerprint: str) -> Version:
 
 
 def event_of_row(row: Row[Any]) -> Event:
-    return Event(row.id, _in_utc(row.at), row.who, row.action, row.name, row.version, row.detail)
+    return Event(row.id, in_utc(row.at), row.who, row.action, row.name, row.version, row.detail)
 
 
-def _in_utc(at: datetime) -> datetime:
+def in_utc(at: datetime) -> datetime:
     # SQLite drops the zone; what is stored is UTC
     return at.astimezone(UTC) if at.tzinfo else at.replace(tzinfo=UTC)

@@ -30,12 +30,16 @@ STEPS = (
     "delete: version marked",
     "delete: event written",
     "delete: committed",
+    "route: begun",
+    "route: revision written",
+    "route: event written",
+    "route: committed",
     "sweep: locked",
     "sweep: renamed",
     "sweep: synced",
     "sweep: removed",
 )
-"""In the order in which an adapter meets them."""
+"""In the order in which an adapter meets them; a route has its own."""
 
 
 def unwatched(name: str) -> None:

@@ -76,5 +76,19 @@ events = Table(
     Index(None, "name", "id"),
 )
 
+# A row a change of a route, for ever; the highest revision holds, and none with document NULL: the route was deleted.
+# `origin` is the revision that first said what this one says: another one after a rollback, else its own. The alias has
+# a row in `adapters`, too: whoever changes a name, as a route or as an adapter, locks it there.
+routes = Table(
+    "routes",
+    metadata,
+    Column("alias", String(64), ForeignKey("adapters.name"), primary_key=True),
+    Column("revision", Integer, primary_key=True, autoincrement=False),
+    Column("origin", Integer, nullable=False),
+    Column("document", JSON(none_as_null=True), nullable=True),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("who", String(128), nullable=False),
+)
+
 # One row: what tells this registry from any other. A store remembers to which one its blobs belong.
 identity = Table("identity", metadata, Column("id", String(32), primary_key=True))

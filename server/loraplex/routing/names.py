@@ -1,9 +1,9 @@
 """The grammar of names (adapters, aliases and the base share one name space).
 
     name     [A-Za-z0-9][A-Za-z0-9._-]{0,63}
-    model    name | name@version            version: a positive integer without leading zeros
+    ref      name | name@version            version: a positive integer without leading zeros
 
-`@ : + , =` never occur in a name: they mean something in the `model` field of a request.
+`@ : + , =` never occur in a name: they mean something in the `model` field of a request, see `composition`.
 """
 
 import difflib
@@ -19,7 +19,7 @@ _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """What a request's `model` says: a name and, if it was pinned, a version."""
+    """A name and, if it was pinned, a version."""
 
     name: str
     version: int | None = None
@@ -41,13 +41,13 @@ def validate_name(name: str) -> str:
 
 
 def parse_model(model: str) -> ModelRef:
-    """Read the `model` field of a request."""
+    """Read a name or a version. Raises InvalidName, InvalidRequest."""
     if any(sign in model for sign in "+,=:"):
         raise InvalidRequest(
-            f"The model {model[:80]!r} looks like a composition of adapters, which this server does not serve yet. "
-            "Name one adapter, or one version as 'name@3'.",
+            f"{model[:80]!r} does not name one adapter. Name one, or one version as 'name@3'; where a sum of adapters "
+            "can stand, it is written 'sql:0.7+style@2:0.3'.",
             param="model",
-            code="unsupported_composition",
+            code="invalid_composition",
         )
     name, at, version = model.partition("@")
     if at and not _VERSION.fullmatch(version):
