@@ -372,12 +372,11 @@ def test_the_migrations_make_the_tables(registry: Registry):
 
 
 def test_a_newer_releases_database_is_refused(registry: Registry, registry_url: str):
-    registry._database.write(lambda c: c.execute(text("UPDATE alembic_version SET version_num = '9' || version_num")))
+    change = "UPDATE alembic_version SET version_num = "
+    registry._database.write(lambda c: c.execute(text(change + "'9' || version_num")))
     with pytest.raises(StartupError, match="newer release"):
         Registry(registry_url, "base")
-    registry._database.write(
-        lambda c: c.execute(text("UPDATE alembic_version SET version_num = substr(version_num, 2)"))
-    )
+    registry._database.write(lambda c: c.execute(text(change + "substr(version_num, 2)")))
 
 
 # -- several at once --------------------------------------------------------------------------------------------
