@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
-from harness import World, make_world
+from architectures import SERVED
+from harness import World, make_world, make_world_of
 from loraplex.engine.adapter_proof import AdapterProof
 from loraplex.engine.probe import Probe, decoder_layers
 from loraplex.engine.proof_result import ProofResult
@@ -108,6 +110,21 @@ def test_steps_in_between_change_nothing(world: World):
     disturbed = prove(world, weights, probe, disturb)
     assert disturbed.divergence == alone.divergence
     assert disturbed.modules == alone.modules
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_no_architecture_has_its_adapters_refused(name: str):
+    """Also where a module has one output only, as qwen2_moe's shared gate: it may cancel to next to nothing."""
+    model_type, config, *_ = SERVED[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=torch.float32)
+        world = make_world_of(tiny.sharpen(model).to(dtype), model_type)
+        probe = Probe(world.runner)
+        for shape in (SHAPES["linears"], SHAPES["both ends"], SHAPES["gains and shifts"], SHAPES["experts"]):
+            weights = tiny.make_adapter(world.base.targets, rank=4, seed=3, dtype=dtype, **shape)
+            assert prove(world, weights, probe).failure is None
+        assert probe._layers, "it can be cut"
 
 
 def test_a_model_whose_layers_cannot_be_told_runs_in_one_piece(world: World, monkeypatch: pytest.MonkeyPatch):
