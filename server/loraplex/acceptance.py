@@ -38,12 +38,13 @@ class Acceptance:
     def close(self) -> None:
         self.background.close()
 
-    async def upload(self, name: str, staging: Staging, who: str) -> Catalogued:
-        """Make staged files what `name` means. Raises AdapterError and kin; then nothing is kept."""
+    async def upload(self, name: str, staging: Staging, who: str, source: str = "upload") -> Catalogued:
+        """Make staged files what `name` means. `source`: where they came from, for users. Raises AdapterError and kin;
+        then nothing is kept."""
         async with self._accepting:
             brought = await self._texts.inspect(staging.folder)
             prepared = await self.background.run(self._catalog.prepare, name, staging, brought)
-            return await self._publish(prepared, staging, "upload", who)
+            return await self._publish(prepared, staging, source, who)
 
     async def folder(self, name: str, folder: Path) -> Catalogued:
         """Register an operator's PEFT folder as `name`, once: a later start finds it there."""
@@ -77,6 +78,6 @@ class Acceptance:
         if result.failure is None:
             return proof_record(result)
         error = as_error(result.failure)
-        if isinstance(error, AdapterLoadFailed) and error.code == AdapterTooLarge.code:
+        if isinstance(error, AdapterLoadFailed) and error.code == "adapter_too_large":
             raise AdapterTooLarge(error.message)
         raise error

@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     model: Path
     adapters: Path | None = None
     lora_modules: Annotated[dict[str, Path], NoDecode] = Field(default_factory=dict)
+    allow_adapter_root: Annotated[tuple[Path, ...], NoDecode] = ()
+    fetch_timeout: float = Field(600.0, gt=0)
     data_dir: Path | None = None
     registry_url: SecretStr | None = None
     host: str = "127.0.0.1"
@@ -52,6 +54,7 @@ class Settings(BaseSettings):
     max_lora_rank: int = Field(64, ge=1, le=4096)
     adapter_cache_bytes: ByteSize = ByteSize(2 << 30)
     eviction: Literal["lru", "lrfu"] = "lrfu"
+    adapter_ttl: float | None = Field(None, gt=0)
     kv_cache_bytes: ByteSize | None = None
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)
@@ -85,6 +88,12 @@ class Settings(BaseSettings):
                 raise ValueError(f"{pair!r} is not name=path")
             modules[_check_name(name)] = path
         return modules
+
+    @field_validator("allow_adapter_root", mode="before")
+    @classmethod
+    def _split_list(cls, value: Any) -> Any:
+        """A list, or one text with commas."""
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
     @classmethod
     def settings_customise_sources(
@@ -132,6 +141,9 @@ class Settings(BaseSettings):
         for flag, folder in (("model", self.model), ("--adapters", self.adapters)):
             if folder is not None and not folder.is_dir():
                 raise StartupError(f"{flag} {folder} is not a folder. Name one on this machine; nothing is downloaded.")
+        for root in self.allow_adapter_root:
+            if not root.is_dir():
+                raise StartupError(f"--allow-adapter-root {root} is not a folder. Name one on this machine.")
         if self.host not in LOOPBACK_HOSTS and self.api_key is None and not self.insecure:
             raise StartupError(
                 f"--host {self.host} can be reached from other machines, and there is no --api-key: anyone could use "

@@ -3,6 +3,7 @@
     LoraplexError
     ├── InvalidRequest              the request cannot be served as it is written
     │   ├── InvalidName             a name outside the grammar
+    │   ├── SourceRefused           an adapter from where the operator does not allow it
     │   └── ContextLengthExceeded   prompt + max_tokens do not fit the model
     ├── ModelNotFound               no base, adapter, version or route of that name
     ├── RouteChanged                somebody changed the route since the caller looked at it
@@ -14,6 +15,9 @@
     │   ├── AdapterLoadFailed       an accepted adapter could not be read back (disk, corruption)
     │   ├── NotMergeable            no merged weights can be made of it, or not by this server as it was started
     │   └── AdapterQuarantined      an accepted adapter gave NaN while it ran, and is not served until that is seen to
+    ├── SourceFailed                an adapter could not be fetched from where it is
+    │   ├── SourceNotFound          there is nothing
+    │   └── SourceUnavailable       for now; another try may help
     ├── InsufficientMemory          what was asked for needs more memory than there is
     ├── StorageFull                 the disk refuses
     ├── Overloaded                  the waiting queue is full; try again later
@@ -46,6 +50,10 @@ class InvalidRequest(LoraplexError):
 
 class InvalidName(InvalidRequest):
     code = "invalid_name"
+
+
+class SourceRefused(InvalidRequest):
+    code = "source_not_allowed"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -92,6 +100,18 @@ class NotMergeable(AdapterError):
     """No merged weights can be made of this adapter, or not by this server as it was started."""
 
     code = "not_mergeable"
+
+
+class SourceFailed(LoraplexError):
+    code = "source_failed"
+
+
+class SourceNotFound(SourceFailed):
+    code = "source_not_found"
+
+
+class SourceUnavailable(SourceFailed):
+    """The place did not answer, or broke off: another try may help."""
 
 
 class InsufficientMemory(LoraplexError):

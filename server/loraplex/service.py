@@ -30,6 +30,7 @@ from loraplex.errors import (
     StartupError,
     StorageFull,
 )
+from loraplex.fetching import Fetching
 from loraplex.generation import Generation
 from loraplex.generation_request import GenerationRequest, Prompt
 from loraplex.lora.database import sqlite_url
@@ -43,9 +44,11 @@ from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.resolution import Names, Resolved
 from loraplex.routes import Routes
+from loraplex.sources.allow_list import AllowList
 from loraplex.text.adapter_text import AdapterText
 from loraplex.text.adapter_texts import AdapterTexts
 from loraplex.text.sampling_defaults import SamplingDefaults
+from loraplex.tiers import Tiers
 
 logger = structlog.get_logger(__name__)
 
@@ -85,6 +88,14 @@ class Service:
         self._acceptance = Acceptance(catalog, texts, engine, proof_timeout)
         self.background = self._acceptance.background
         self.merging = Merging(catalog, engine, settings.merge, info.bytes_per_value)
+        self.fetching = Fetching(
+            catalog,
+            self.accept_upload,
+            AllowList(settings.allow_adapter_root),
+            max_weights_bytes=int(settings.max_upload_bytes),
+            timeout=settings.fetch_timeout,
+        )
+        self.tiers = Tiers(catalog, engine, info.bytes_per_value, settings.adapter_ttl)
 
     @classmethod
     @asynccontextmanager
@@ -122,9 +133,11 @@ class Service:
             stack.push_async_callback(texts.close)
             service = cls(settings, tokenizer, engine, info, catalog, texts, defaults)
             stack.callback(service._acceptance.close)
+            stack.callback(service.fetching.close)
             await service._register_folders()
             await asyncio.to_thread(service.routes.load)
             stack.push_async_callback(service.routes.settled)
+            await stack.enter_async_context(service.tiers.kept())
             yield service
 
     async def _register_folders(self) -> None:
@@ -299,22 +312,27 @@ class Service:
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
-    async def accept_upload(self, name: str, staging: Staging, who: str) -> Catalogued:
+    async def accept_upload(self, name: str, staging: Staging, who: str, source: str = "upload") -> Catalogued:
         """Make staged files what `name` means; that is durable and can be used when this returns."""
-        return await self._acceptance.upload(name, staging, who)
+        accepted = await self._acceptance.upload(name, staging, who, source)
+        self.tiers.wake()
+        return accepted
 
     async def rollback_adapter(self, name: str, to: int | None = None, *, who: str) -> Change:
         """Make `name` mean the version before the last push, or `to`; running requests keep theirs. Raises
         ModelNotFound, AdapterConflict."""
         if name == self.base_name:
             raise InvalidRequest("The base model has no versions.", param="name")
-        return await asyncio.to_thread(self.catalog.rollback, name, to, who=who)
+        change = await asyncio.to_thread(self.catalog.rollback, name, to, who=who)
+        self.tiers.wake()
+        return change
 
     async def delete_adapter(self, name: str, version: int | None = None, *, who: str) -> Sequence[Version]:
         """Forget a name or one version; running requests keep theirs. Raises ModelNotFound."""
         if name == self.base_name:
             raise InvalidRequest("The base model cannot be deleted.", param="name")
         deleted = await asyncio.to_thread(self.catalog.delete, name, version, who=who)
+        self.tiers.wake()
         if self.engine.is_alive:
             unnamed = await asyncio.to_thread(self.catalog.unnamed, [version.digest for version in deleted])
             await self.engine.command("evict", digests=unnamed)

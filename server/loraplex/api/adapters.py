@@ -9,8 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 
 from loraplex.api.auth import caller_of
+from loraplex.api.errors import is_json
 from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
+from loraplex.api.sources import fetch_adapter
+from loraplex.api.tiers import describe_standing
 from loraplex.catalog import Catalogued
 from loraplex.errors import InvalidRequest, LoraplexError, ModelNotFound
 from loraplex.lora.event import Event
@@ -31,17 +34,13 @@ _BATCH_BYTES = 1 << 20
 
 @router.post("", status_code=201)
 async def upload(request: Request, service: TheService, metrics: TheMetrics) -> Response:
-    """A name and the files of `files.FILES`; 201 when the adapter is durable and usable, 200 when it was here."""
-    boundary = boundary_of(request)
+    """A name and the files of `files.FILES`, or as JSON a name and the source to fetch them from; 201 when the adapter
+    is durable and usable, 200 when it was here."""
     try:
-        with service.catalog.store.stage() as staging:
-            body = AdapterUpload(staging, boundary, service.catalog.check_name)
-            try:
-                await _receive(request, body, service)
-                name = body.finish()
-            finally:
-                body.close()
-            accepted = await service.accept_upload(name, staging, caller_of(request))
+        if is_json(request.headers.get("content-type", "")):
+            accepted = await fetch_adapter(request, service)
+        else:
+            accepted = await _upload(request, service)
     except ClientDisconnect:
         metrics.uploads.labels("broken_off").inc()
         return Response(status_code=499)  # nobody reads it
@@ -56,6 +55,18 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
         **_checked(accepted),
     }
     return JSONResponse(report, 201 if accepted.created else 200)
+
+
+async def _upload(request: Request, service: Service) -> Catalogued:
+    boundary = boundary_of(request)
+    with service.catalog.store.stage() as staging:
+        body = AdapterUpload(staging, boundary, service.catalog.check_name)
+        try:
+            await _receive(request, body, service)
+            name = body.finish()
+        finally:
+            body.close()
+        return await service.accept_upload(name, staging, caller_of(request))
 
 
 async def _receive(request: Request, body: AdapterUpload, service: Service) -> None:
@@ -98,7 +109,7 @@ async def get_adapter(model: str, service: TheService) -> dict[str, Any]:
     current = await _current(service, ref.name)
     return {
         **describe(version),
-        **_tier(version, stats.ram_digests, stats.device_digests),
+        **describe_standing(await service.tiers.standing(version)),
         "merge": next((describe_merge(one) for one in stats.merges if one.digest == version.digest), None),
         "report": version.report,
         "proof": version.proof,

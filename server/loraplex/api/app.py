@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp
 
 from loraplex import __version__
-from loraplex.api import adapters, files, merges, openai, routes, tokens
+from loraplex.api import adapters, files, merges, openai, routes, sources, tiers, tokens
 from loraplex.api.auth import ApiKeyMiddleware, LoopbackGuard
 from loraplex.api.edge import EdgeMiddleware
 from loraplex.api.errors import install_error_handlers
@@ -45,6 +45,8 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(openai.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(adapters.router, max_body_size=upload_bytes)
     app.include_router(files.router, max_body_size=MAX_BODY_BYTES)
+    app.include_router(sources.router, max_body_size=sources.MAX_BYTES)
+    app.include_router(tiers.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(merges.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(adapters.audit_router, max_body_size=MAX_BODY_BYTES)
     app.include_router(routes.router, max_body_size=MAX_BODY_BYTES)

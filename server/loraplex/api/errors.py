@@ -26,6 +26,7 @@ class UnsupportedMediaType(errors.InvalidRequest):
 
 _STATUS: dict[type[errors.LoraplexError], int] = {
     UnsupportedMediaType: 415,
+    errors.SourceRefused: 403,
     errors.InvalidRequest: 400,
     errors.ModelNotFound: 404,
     errors.RouteChanged: 412,
@@ -35,6 +36,8 @@ _STATUS: dict[type[errors.LoraplexError], int] = {
     errors.AdapterConflict: 409,
     errors.AdapterLoadFailed: 500,
     errors.NotMergeable: 409,
+    errors.SourceNotFound: 404,
+    errors.SourceFailed: 502,
     errors.InsufficientMemory: 507,
     errors.AdapterError: 422,
     errors.StorageFull: 507,
@@ -84,7 +87,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     kind, *place = found[0]["loc"]
-    if kind == "body" and not _is_json(request.headers.get("content-type", "")):
+    if kind == "body" and not is_json(request.headers.get("content-type", "")):
         message = "Send the request as JSON: add -H 'Content-Type: application/json'."
         return JSONResponse(error_body(415, message, "unsupported_media_type"), 415)
     if found[0]["type"] == "json_invalid":
@@ -117,6 +120,6 @@ async def _on_unexpected_error(request: Request, error: Exception) -> JSONRespon
     return JSONResponse(error_body(500, message, "internal_error"), 500)
 
 
-def _is_json(content_type: str) -> bool:
+def is_json(content_type: str) -> bool:
     kind = content_type.partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))

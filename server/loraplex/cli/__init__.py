@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loraplex import __version__
-from loraplex.cli import adapters, arithmetic, bench, check, demo, serve, taking
+from loraplex.cli import adapters, arithmetic, bench, check, demo, serve, taking, tiers
 from loraplex.errors import LoraplexError
 
 # No markup in help texts: it would swallow "[default: 8000]".
@@ -20,6 +20,10 @@ app.command("push")(adapters.push)
 app.command("pull")(taking.pull)
 app.command("ls")(adapters.ls)
 app.command("rm")(adapters.rm)
+app.command("pin")(tiers.pin)
+app.command("unpin")(tiers.unpin)
+app.command("prefetch")(tiers.prefetch)
+app.command("tiers")(tiers.tiers)
 app.command("rollback")(adapters.rollback)
 app.command("history")(adapters.history)
 app.command("merge")(arithmetic.merge)

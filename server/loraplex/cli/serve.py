@@ -35,6 +35,12 @@ def serve(
     model: Annotated[Path | None, typer.Argument(help="Folder of the base model; without it, the demo.")] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of PEFT adapter folders to serve by name.")] = None,
     lora_modules: Annotated[list[str] | None, typer.Option(help="name=path of a PEFT folder; repeatable.")] = None,
+    allow_adapter_root: Annotated[
+        list[Path] | None, typer.Option(help="Folder below which clients may name adapters to load; repeatable.")
+    ] = None,
+    fetch_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to fetch one adapter from a source. [default: 600]")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Uploads and the registry.")] = None,
     registry_url: Annotated[
         str | None, typer.Option(help="Database of the registry. [default: SQLite in the data folder]")
@@ -50,6 +56,9 @@ def serve(
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
     eviction: Annotated[str | None, typer.Option(help="What leaves it first: lrfu or lru. [default: lrfu]")] = None,
     quantization: Annotated[str | None, typer.Option(help="Quantise the base: int8, int4 (CUDA) or nf4.")] = None,
+    adapter_ttl: Annotated[
+        float | None, typer.Option(help="Seconds after which an idle adapter leaves it. [default: when room is needed]")
+    ] = None,
     merge: Annotated[
         str | None,
         typer.Option(help="Merged weights for steps of one adapter: off, manual (by request) or auto. [default: off]"),

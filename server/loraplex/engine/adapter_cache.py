@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cachetools import Cache
 
+from loraplex.engine.adapter_ledger import AdapterLedger, Left
 from loraplex.engine.eviction import EvictionPolicy, Lru
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class AdapterCache(Cache):
         super().__init__(maxsize, getsizeof=lambda weights: weights.nbytes)
         self._on_evict = on_evict
         self._policy = policy or Lru()
+        self.ledger = AdapterLedger()
+        self._wanted_by: str | None = None  # who needs the room that is being made
         self._leases: Counter[str] = Counter()
         self._pins: set[str] = set()
         self._protected: Collection[str] = ()
@@ -46,6 +49,7 @@ class AdapterCache(Cache):
     def __setitem__(self, digest: str, weights: "LoRAWeights") -> None:
         super().__setitem__(digest, weights)
         self._policy.insert(digest, weights.nbytes)
+        self.ledger.load(digest)
 
     def __delitem__(self, digest: str) -> None:
         super().__delitem__(digest)
@@ -58,6 +62,7 @@ class AdapterCache(Cache):
         self.peek(digest)
         self._leases[digest] += 1
         self._policy.use(digest)
+        self.ledger.begin_use(digest)
 
     def release(self, digest: str) -> None:
         if self._leases[digest] < 1:
@@ -66,6 +71,7 @@ class AdapterCache(Cache):
         if not self._leases[digest]:
             del self._leases[digest]
         self._policy.use(digest)
+        self.ledger.end_use(digest)
 
     def num_leases(self, digest: str) -> int:
         return self._leases[digest]
@@ -106,12 +112,12 @@ class AdapterCache(Cache):
         when that cannot be enough."""
         if not self.can_reserve(nbytes, protected):
             return False
-        self._protected = protected
+        self._protected, self._wanted_by = protected, digest
         try:
             while nbytes > self.maxsize - self.currsize - self.reserved_bytes:
                 self.popitem()
         finally:
-            self._protected = ()
+            self._protected, self._wanted_by = (), None
         self._reserved[digest] = nbytes
         return True
 
@@ -146,15 +152,17 @@ class AdapterCache(Cache):
             raise KeyError("every adapter is in use, pinned or about to be used")
         weights = self.pop(digest)
         self.num_evictions += 1
+        self.ledger.leave(digest, Left.ROOM, self._wanted_by)
         self._on_evict(digest)
         return digest, weights
 
-    def evict(self, digest: str) -> None:
+    def evict(self, digest: str, why: Left = Left.DELETED) -> None:
         """Let one adapter go now. ValueError while it is leased."""
         if self._leases[digest]:
             raise ValueError(f"adapter {digest} is in use")
         if digest in self:
             del self[digest]
+            self.ledger.leave(digest, why)
             self._on_evict(digest)
 
     def clear(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 
 from loraplex.engine.adapter_cache import AdapterCache
+from loraplex.engine.adapter_ledger import Left
 from loraplex.engine.adapter_loads import FinishedLoad
 from loraplex.engine.adapter_proof import AdapterProof
 from loraplex.engine.messages import AdapterUse, CommandResult, Failure
@@ -140,7 +141,7 @@ class AdapterProofs:
     def _forget(self, job: _Job) -> None:
         """Let an adapter that failed go from RAM, unless another version of the same files is being served."""
         if not self._cache.num_leases(job.use.digest) and not self._cache.is_pinned(job.use.digest):
-            self._cache.evict(job.use.digest)
+            self._cache.evict(job.use.digest, Left.REFUSED)
 
 
 def _out_of_time(job: _Job) -> Failure:

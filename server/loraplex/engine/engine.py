@@ -11,6 +11,7 @@ from loraplex.engine.adapter_loads import AdapterLoads, ReadAdapter
 from loraplex.engine.adapter_merges import AdapterMerges, MergeStatus
 from loraplex.engine.adapter_places import AdapterPlaces
 from loraplex.engine.adapter_proofs import AdapterProofs
+from loraplex.engine.adapter_residency import AdapterResidency
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.durations import DurationCounts, Durations
@@ -75,6 +76,7 @@ class Engine:
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
         self.proofs = AdapterProofs(runner, self.cache, self.scheduler)
+        self.residency = AdapterResidency(self.cache, self.places, runner.pool, self.scheduler)
         policy = MergePolicy() if config.merge == "auto" else None
         self.merges = AdapterMerges(runner, self.cache, self.scheduler, policy, on_load)
         self._sequences: dict[str, Sequence] = {}
@@ -106,7 +108,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences) or self.proofs.has_work or self.merges.has_work
+        return bool(self._sequences) or self.proofs.has_work or self.merges.has_work or self.residency.has_work
 
     @property
     def is_stalled(self) -> bool:
@@ -120,7 +122,7 @@ class Engine:
         """One step for everything that can run. Raises EngineDied when it is no use going on."""
         outputs = self._take_loads() + self.scheduler.refuse_hopeless()
         seconds = self._run_batch(outputs) if self._sequences else None
-        answers = self._prove(seconds) + self.merges.work()
+        answers = self._prove(seconds) + self.merges.work() + self.residency.work()
         is_proving = self.proofs.has_work and not self.proofs.is_waiting
         self._is_stalled = seconds is None and not outputs and not answers and not is_proving
         return self._emit(outputs, answers)
@@ -162,6 +164,7 @@ class Engine:
                 self._convert.observe(load.convert_seconds)
             self.proofs.finish_load(load)
             self.merges.finish_load(load)
+            self.residency.finish_load(load)
             outputs += self.scheduler.finish_load(load)
         return outputs
 
@@ -200,6 +203,9 @@ class Engine:
             if command.name == "merge":
                 status = self.merges.add(command.arguments["use"], command.command_id)
                 return None if status is None else CommandResult(command.command_id, status)
+            if command.name == "bring":
+                self.residency.add(command.command_id, **command.arguments)
+                return None
             return CommandResult(command.command_id, self.run_command(command.name, command.arguments))
         except (ValueError, KeyError) as error:
             return CommandResult(command.command_id, error=str(error))
@@ -210,6 +216,16 @@ class Engine:
             return self.stats()
         if name == "unmerge":
             return self.merges.remove(arguments["digest"])
+        if name == "unpin":
+            return self.residency.unpin(**arguments)
+        if name == "pinned":
+            return self.residency.pinned
+        if name == "expire":
+            return self.residency.expire(**arguments)
+        if name == "tiers":
+            return self.residency.view()
+        if name == "standings":
+            return self.residency.standings(**arguments)
         if name == "evict":
             for digest in arguments["digests"]:
                 self.merges.forget(digest)

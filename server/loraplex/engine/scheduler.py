@@ -90,6 +90,11 @@ class Scheduler:
     def sequences(self) -> list[Sequence]:
         return [*self.running, *self.waiting]
 
+    @property
+    def loading(self) -> frozenset[str]:
+        """The adapters that are being read from disk."""
+        return frozenset(self._loading)
+
     # -- the step ---------------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledBatch:

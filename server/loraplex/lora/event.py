@@ -9,6 +9,8 @@ PUSH = "push"
 ROLLBACK = "rollback"
 DELETE = "delete"
 QUARANTINE = "quarantine"
+PIN = "pin"
+UNPIN = "unpin"
 
 ROUTE_SET = "route_set"
 ROUTE_RAMP = "route_ramp"

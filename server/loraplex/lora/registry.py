@@ -23,6 +23,7 @@ from loraplex.lora.database import Database
 from loraplex.lora.digest import validate_digest
 from loraplex.lora.event import DELETE, PUSH, QUARANTINE, ROLLBACK, Event
 from loraplex.lora.facts import AdapterFacts
+from loraplex.lora.pins import Pins
 from loraplex.lora.route_revisions import RouteRevisions, refuse_alias
 from loraplex.lora.rows import event_of_row, row_of_version, version_of_row
 from loraplex.lora.steps import Step, unwatched
@@ -59,6 +60,7 @@ class Registry:
         self._base = base_fingerprint
         self._step = step
         self.routes = RouteRevisions(self._database, step)
+        self.pins = Pins(self._database, base_fingerprint)
         self._is_mine = _IS_READY & (versions.c.base_fingerprint == base_fingerprint)
 
     def close(self) -> None:

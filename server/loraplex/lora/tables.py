@@ -90,5 +90,14 @@ routes = Table(
     Column("who", String(128), nullable=False),
 )
 
+# A row a wish that an adapter stay in RAM, on the servers of a base; version 0: whatever the name means.
+pins = Table(
+    "pins",
+    metadata,
+    Column("base_fingerprint", String(128), primary_key=True),
+    Column("name", String(64), ForeignKey("adapters.name"), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+)
+
 # One row: what tells this registry from any other. A store remembers to which one its blobs belong.
 identity = Table("identity", metadata, Column("id", String(32), primary_key=True))
