@@ -174,6 +174,15 @@ def test_an_attention_that_overflows_beside_the_modules(world: World):
     refused(world, changed(weights, lambda slab: slab * 1e11), "logits are NaN or infinite")
 
 
+def test_logits_that_are_finite_and_beyond_use(world: World):
+    """A head so large that the distance to the base's probabilities is infinite: nothing that could be recorded."""
+    weights = tiny.make_adapter(world.base.targets, rank=4, seed=3, only=[], own=("head",))
+    moderate = prove(world, changed(weights, lambda slab: slab * 1e30)).divergence
+    assert moderate is not None
+    factor = 1e30 * 3e38 / moderate.max_difference  # the largest logit is just below the end of float32
+    refused(world, changed(weights, lambda slab: slab * factor), "so large that probabilities")
+
+
 def test_rows_of_tokens_that_no_fixed_text_has(world: World):
     """Its only effect is on one token, which the probe therefore reads."""
     targets = world.base.targets

@@ -332,8 +332,14 @@ class AdapterProof:
             )
         base, adapter = logits.base.log_softmax(-1), logits.adapter.log_softmax(-1)
         kl = (base.exp() * (base - adapter)).sum(-1).clamp_(min=0)
+        difference = (logits.adapter - logits.base).abs().max()
+        if not bool(kl.isfinite().all() & difference.isfinite()):
+            raise Refuted(
+                "The adapter's logits are finite, but so large that probabilities cannot be computed from them. Check "
+                "lora_alpha and the training run."
+            )
         return Divergence(
-            max_difference=float((logits.adapter - logits.base).abs().max()),
+            max_difference=float(difference),
             mean_kl=float(kl.mean()),
             max_kl=float(kl.max()),
             num_changed=int((base.argmax(-1) != adapter.argmax(-1)).sum()),
