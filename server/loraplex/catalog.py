@@ -127,9 +127,8 @@ class AdapterCatalog:
 
     def proof_of(self, digest: str) -> dict[str, Any] | None:
         """The record of a proof of these files that still holds: by this release, on this base as it is served."""
-        info = self._info
         for proof in self.registry.proofs(digest):
-            if is_proof_for(proof, info.fingerprint, info.dtype, info.device):
+            if is_proof_for(proof, self._info):
                 return dict(proof)
         return None
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from loraplex import __version__
+from loraplex.engine.build import EngineInfo
 from loraplex.engine.proof_result import ModuleFigures, ProofResult
 from loraplex.lora.module_names import group_by_layer
 
@@ -21,6 +22,7 @@ def proof_record(result: ProofResult) -> dict[str, Any]:
         "base_fingerprint": result.base_fingerprint,
         "dtype": result.dtype,
         "device": result.device,
+        "quantization": result.quantization,
         "loraplex": __version__,
         "tolerance": result.tolerance,
         "largest_error": _rounded(max((module.error for module in result.modules), default=0.0)),
@@ -38,13 +40,14 @@ def proof_record(result: ProofResult) -> dict[str, Any]:
     }
 
 
-def is_proof_for(record: Any, base_fingerprint: str, dtype: str, device: str) -> bool:
+def is_proof_for(record: Any, info: EngineInfo) -> bool:
     """Whether a record is of a proof that this release would repeat on this base and come to the same."""
     wanted = {
         "passed": True,
-        "base_fingerprint": base_fingerprint,
-        "dtype": dtype,
-        "device": device,
+        "base_fingerprint": info.fingerprint,
+        "dtype": info.dtype,
+        "device": info.device,
+        "quantization": None if info.quantization is None else info.quantization.kind,
         "loraplex": __version__,
     }
     return isinstance(record, dict) and all(record.get(key) == value for key, value in wanted.items())

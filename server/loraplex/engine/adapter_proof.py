@@ -96,6 +96,7 @@ class AdapterProof:
             base_fingerprint=base.fingerprint,
             dtype=str(base.dtype).removeprefix("torch."),
             device=str(base.device),
+            quantization=None if base.quantization is None else base.quantization.kind,
             tolerance=self._tolerance,
             modules=tuple(self._figures),
             seconds=self._seconds,

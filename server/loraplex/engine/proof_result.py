@@ -54,6 +54,7 @@ class ProofResult:
     base_fingerprint: str
     dtype: str
     device: str
+    quantization: str | None = None  # of the base
     failure: Failure | None = None
     tolerance: float = 0.0
     modules: tuple[ModuleFigures, ...] = ()
