@@ -24,6 +24,7 @@ from loraplex.errors import StartupError, StorageFull
 
 CONTEXT = 2048
 LONG = 1500
+IN_MEMORY = {"tier", "ram_bytes", "leases", "pinned", "hits", "loads", "last_use", "evicted", "merge"}
 INCOMPLETE = "\ufffd"
 PREFIX = [7 + (11 * number) % 300 for number in range(500)]
 
@@ -85,11 +86,12 @@ def is_running(client: httpx2.Client) -> bool:
 
 
 def state_of(client: httpx2.Client) -> dict[str, Any]:
-    """All that the server says of adapters, but for where they are in memory."""
+    """All that the server says of adapters, but for where they are in memory and how they got there."""
     rows = client.get("/v1/adapters").json()["data"]
     details = [client.get(f"/v1/adapters/{row['name']}").json() for row in rows]
     for row in rows + details:
-        del row["tier"]
+        for passing in IN_MEMORY & row.keys():
+            del row[passing]
     models = [card["id"] for card in client.get("/v1/models").json()["data"]]
     return {"rows": rows, "details": details, "models": models, "audit": client.get("/v1/audit").json()}
 
