@@ -19,6 +19,7 @@ FLOORS = {
     "service": 5,
     "acceptance": 4.9,
     "merging": 4.9,
+    "watching": 4.95,
     "fetching": 4.9,
     "sources": 2.5,
     "tiers": 4.9,

@@ -42,7 +42,13 @@ class Settings(BaseSettings):
     model: Path
     adapters: Path | None = None
     lora_modules: Annotated[dict[str, Path], NoDecode] = Field(default_factory=dict)
+    watch: bool = False
+    watch_interval: float = Field(2.0, gt=0)
     allow_adapter_root: Annotated[tuple[Path, ...], NoDecode] = ()
+    allow_bucket: Annotated[tuple[str, ...], NoDecode] = ()
+    allow_hub: Annotated[tuple[str, ...], NoDecode] = ()
+    hub_endpoint: str = "https://huggingface.co"
+    hub_token: SecretStr | None = None
     fetch_timeout: float = Field(600.0, gt=0)
     data_dir: Path | None = None
     registry_url: SecretStr | None = None
@@ -89,7 +95,7 @@ class Settings(BaseSettings):
             modules[_check_name(name)] = path
         return modules
 
-    @field_validator("allow_adapter_root", mode="before")
+    @field_validator("allow_adapter_root", "allow_bucket", "allow_hub", mode="before")
     @classmethod
     def _split_list(cls, value: Any) -> Any:
         """A list, or one text with commas."""
@@ -141,6 +147,8 @@ class Settings(BaseSettings):
         for flag, folder in (("model", self.model), ("--adapters", self.adapters)):
             if folder is not None and not folder.is_dir():
                 raise StartupError(f"{flag} {folder} is not a folder. Name one on this machine; nothing is downloaded.")
+        if self.watch and self.adapters is None:
+            raise StartupError("--watch looks at the folder of --adapters, and there is none. Give --adapters DIR.")
         for root in self.allow_adapter_root:
             if not root.is_dir():
                 raise StartupError(f"--allow-adapter-root {root} is not a folder. Name one on this machine.")

@@ -43,8 +43,12 @@ class Fetching:
     async def fetch(self, name: str, source: str, who: str) -> Catalogued:
         """Make what `source` names what `name` means. Raises SourceRefused, SourceFailed, AdapterError and kin; then
         nothing is kept."""
-        self._catalog.check_name(name)
+        self.check_name(name)
         return await self.fetch_from(name, self._allowed.source(source), who)
+
+    def check_name(self, name: str) -> None:
+        """Raises InvalidName, or AdapterConflict for the base's."""
+        self._catalog.check_name(name)
 
     async def fetch_from(self, name: str, source: Source, who: str) -> Catalogued:
         """As `fetch`; the source need not be on the list."""

@@ -27,6 +27,7 @@ from loraplex.errors import (
     LoraplexError,
     NotReady,
     Overloaded,
+    SourceRefused,
     StartupError,
     StorageFull,
 )
@@ -49,6 +50,7 @@ from loraplex.text.adapter_text import AdapterText
 from loraplex.text.adapter_texts import AdapterTexts
 from loraplex.text.sampling_defaults import SamplingDefaults
 from loraplex.tiers import Tiers
+from loraplex.watching import Watching
 
 logger = structlog.get_logger(__name__)
 
@@ -91,7 +93,7 @@ class Service:
         self.fetching = Fetching(
             catalog,
             self.accept_upload,
-            AllowList(settings.allow_adapter_root),
+            allow_list(settings),
             max_weights_bytes=int(settings.max_upload_bytes),
             timeout=settings.fetch_timeout,
         )
@@ -134,14 +136,26 @@ class Service:
             service = cls(settings, tokenizer, engine, info, catalog, texts, defaults)
             stack.callback(service._acceptance.close)
             stack.callback(service.fetching.close)
-            await service._register_folders()
+            refused = await service._watch_folders(stack)
+            await service._register_folders(refused)
             await asyncio.to_thread(service.routes.load)
             stack.push_async_callback(service.routes.settled)
             await stack.enter_async_context(service.tiers.kept())
             yield service
 
-    async def _register_folders(self) -> None:
+    async def _watch_folders(self, stack: AsyncExitStack) -> frozenset[str]:
+        """Look after --adapters if that was asked for; returns the folders that are refused."""
+        if self.settings.adapters is None or not self.settings.watch:
+            return frozenset()
+        watching = Watching(self.settings.adapters, self.fetching, self.settings.watch_interval)
+        refused = await watching.seed()
+        await stack.enter_async_context(watching.kept())
+        return refused
+
+    async def _register_folders(self, refused: frozenset[str]) -> None:
         for name, folder in adapter_folders(self.settings):
+            if name in refused and folder.parent == self.settings.adapters:
+                continue
             try:
                 added = await self._acceptance.folder(name, folder)
             except LoraplexError as error:
@@ -380,6 +394,21 @@ def generation_defaults(settings: Settings) -> SamplingDefaults:
     if unused:
         logger.info("fields of generation_config.json that are not used", fields=list(unused))
     return defaults
+
+
+def allow_list(settings: Settings) -> AllowList:
+    """Where adapters may be fetched from. Raises StartupError for what cannot be understood."""
+    token = settings.hub_token
+    try:
+        return AllowList(
+            settings.allow_adapter_root,
+            settings.allow_bucket,
+            settings.allow_hub,
+            hub_endpoint=settings.hub_endpoint,
+            hub_token=None if token is None else token.get_secret_value(),
+        )
+    except SourceRefused as error:
+        raise StartupError(error.message) from error
 
 
 def registry_url(settings: Settings) -> str | URL:

@@ -9,6 +9,7 @@ from folders import save_adapter
 from live import LiveServer, assert_error
 from test_api_completions import text_of
 
+from hub_server import WEIGHTS, running_hub
 from loraplex.config import Settings
 
 
@@ -86,3 +87,29 @@ def test_vllms_dialect(allowing: LiveServer, root: Path):
 
 def test_a_server_without_roots_reads_nothing(server: LiveServer, root: Path):
     assert_error(load(server, "x", root / "one"), 403, "source_not_allowed", "--allow-adapter-root DIR")
+
+
+def test_a_hub_that_stumbles_is_asked_again(make_settings, root: Path, tmp_path: Path):
+    with running_hub() as hub:
+        hub.files = {path.name: path.read_bytes() for path in (root / "one").iterdir()}
+        settings = make_settings(tmp_path, allow_hub=["team/*"], hub_endpoint=hub.url, hub_token="hf_not-a-secret")
+        with LiveServer(settings) as server:
+            client = server.client
+            hub.answers = [503, 429]
+            reply = client.post("/v1/adapters", json={"name": "sql", "source": "hf://team/sql"})
+            assert reply.status_code == 201, reply.text
+            assert reply.json()["source"].startswith("hf://team/sql@0123")
+            assert len(hub.seen) == 5, "two refusals, one description, two files"
+            assert text_of(client, model="sql", max_tokens=2)
+            hub.answers = [503] * 9
+            refused = client.post("/v1/adapters", json={"name": "other", "source": "hf://team/sql"})
+            assert_error(refused, 502, "source_failed", "answered 503")
+            assert len(hub.answers) == 5, "four tries"
+            hub.answers = []
+            hub.cut = True
+            assert_error(load(server, "other", "hf://team/sql"), 502, "source_failed", "broke off")
+            hub.cut = False
+            hub.files[WEIGHTS] = b"w" * (5 << 20)
+            assert_error(load(server, "other", "hf://team/sql"), 413, "request_too_large", str(5 << 20))
+            assert_error(load(server, "other", "hf://else/sql"), 403, "source_not_allowed", "--allow-hub")
+            server.check_at_rest()

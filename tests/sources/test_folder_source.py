@@ -1,7 +1,6 @@
 """Folders below an allowed root: what is read, and that nothing else ever is."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,6 @@ from loraplex.lora.files import WEIGHTS
 from loraplex.lora.store import AdapterStore
 from loraplex.sources.allow_list import AllowList
 from loraplex.sources.transfer import Transfer
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    with AdapterStore(tmp_path / "data") as store:
-        yield store
 
 
 @pytest.fixture

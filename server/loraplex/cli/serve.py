@@ -35,8 +35,17 @@ def serve(
     model: Annotated[Path | None, typer.Argument(help="Folder of the base model; without it, the demo.")] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of PEFT adapter folders to serve by name.")] = None,
     lora_modules: Annotated[list[str] | None, typer.Option(help="name=path of a PEFT folder; repeatable.")] = None,
+    watch: Annotated[
+        bool | None, typer.Option("--watch", help="Take new and changed folders of --adapters while running.")
+    ] = None,
     allow_adapter_root: Annotated[
         list[Path] | None, typer.Option(help="Folder below which clients may name adapters to load; repeatable.")
+    ] = None,
+    allow_bucket: Annotated[
+        list[str] | None, typer.Option(help="s3://, gs:// or az:// address clients may fetch from; repeatable.")
+    ] = None,
+    allow_hub: Annotated[
+        list[str] | None, typer.Option(help="Hub repository clients may fetch: owner/name or owner/*; repeatable.")
     ] = None,
     fetch_timeout: Annotated[
         float | None, typer.Option(help="Seconds to fetch one adapter from a source. [default: 600]")
