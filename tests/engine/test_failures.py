@@ -20,8 +20,8 @@ def fail_at(world: World, monkeypatch: pytest.MonkeyPatch, steps: set[int], erro
     forward = world.runner.forward
     calls = iter(range(10_000))
 
-    def failing(batch):
-        result = forward(batch)
+    def failing(batch, merged=None):
+        result = forward(batch, merged)
         if next(calls) in steps:
             raise error or RuntimeError("injected")
         return result

@@ -194,7 +194,7 @@ async def test_who_was_served_longest_ago_comes_next(sandbox: TemplateSandbox):
     await asyncio.sleep(0)
     await render("c")
     await asyncio.gather(*floods)
-    assert order.index("c") <= 20  # of 61; by arrival it would be the last
+    assert order.index("c") < len(floods) // 2, "by arrival it would be the last"
 
 
 async def test_too_many_for_one_template_are_turned_away(sandbox: TemplateSandbox, monkeypatch):
