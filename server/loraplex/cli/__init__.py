@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loraplex import __version__
-from loraplex.cli import adapters, arithmetic, bench, check, demo, serve, taking, tiers
+from loraplex.cli import adapters, arithmetic, bench, check, demo, serve, store, taking, tiers
 from loraplex.errors import LoraplexError
 
 # No markup in help texts: it would swallow "[default: 8000]".
@@ -18,6 +18,8 @@ app.command("demo")(demo.demo)
 app.command("check")(check.check)
 app.command("push")(adapters.push)
 app.command("pull")(taking.pull)
+app.command("export")(store.export)
+app.command("import")(store.import_)
 app.command("ls")(adapters.ls)
 app.command("rm")(adapters.rm)
 app.command("pin")(tiers.pin)

@@ -1,0 +1,78 @@
+"""`loraplex export` and `import`; `pin`, `unpin`, `prefetch`, `tiers`."""
+
+import json
+import shutil
+import tarfile
+
+import pytest
+from test_cli import ROOT, Served, assert_refused, inside, served, serving  # noqa: F401
+
+UPPER, REVERSE = ROOT / "adapters" / "upper", ROOT / "adapters" / "reverse"
+
+
+@pytest.fixture
+def draft(served: Served, inside):  # noqa: F811
+    """draft@1 is meant, draft@2 was rolled back; yields the environment of clients."""
+    env = {"LORAPLEX_URL": served.url}
+    first = json.loads(inside("push", REVERSE, "--name", "draft", "--json", **env).stdout)
+    inside("push", UPPER, "--name", "draft", **env)
+    inside("rollback", "draft", **env)
+    yield env, first
+    inside("rm", "draft", **env)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file.tar"])
+def test_what_was_exported_is_the_same_elsewhere(draft, inside, tmp_path, kind: str):  # noqa: F811
+    env, first = draft
+    out = tmp_path / kind
+    manifest = json.loads(inside("export", out, "--json", **env).stdout)
+    [exported] = [adapter for adapter in manifest["adapters"] if adapter["name"] == "draft"]
+    assert exported["current"] == first["version"]
+    assert len(exported["versions"]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [kind], "nothing temporary is left"
+    assert_refused(inside("export", out, **env), "is there already")
+    with serving(tmp_path / "data") as other:
+        there = {"LORAPLEX_URL": other.url}
+        rows = json.loads(inside("import", out, "--json", **there).stdout)["data"]
+        assert [row["to"] for row in rows if row["from"].startswith("draft@")] == ["draft@1", "draft@2"]
+        shown = json.loads(inside("ls", "--json", **there).stdout)["data"]
+        [row] = [row for row in shown if row["name"] == "draft"]
+        assert (row["id"], row["digest"]) == ("draft@1", first["digest"]), "what the name meant"
+        again = json.loads(inside("import", out, "--json", **there).stdout)["data"]
+        assert again == rows, "nothing is made twice"
+
+
+def test_an_import_of_something_else(served: Served, inside, tmp_path):  # noqa: F811
+    env = {"LORAPLEX_URL": served.url}
+    assert_refused(inside("import", tmp_path, **env), "manifest.json")
+    (tmp_path / "x.tar").write_bytes(b"no tar")
+    assert_refused(inside("import", tmp_path / "x.tar", **env), "cannot be read as an export")
+    outside = tmp_path / "victim"
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        for name in ("../victim", "draft@1/../../victim", "draft@1/evil.sh", "/victim"):
+            archive.addfile(tarfile.TarInfo(name))
+        link = tarfile.TarInfo("manifest.json")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    assert_refused(inside("import", tmp_path / "bad.tar", **env), "manifest.json")
+    assert not outside.exists()
+    (tmp_path / "e").mkdir()
+    manifest = {"format": 1, "adapters": [{"name": "x", "current": 1, "versions": [{"version": 1, "folder": "../e"}]}]}
+    (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
+    assert_refused(inside("import", tmp_path / "e", **env), "another format")
+    shutil.rmtree(tmp_path / "e")
+
+
+def test_tiers(served: Served, inside):  # noqa: F811
+    env = {"LORAPLEX_URL": served.url}
+    assert inside("prefetch", "json", "--to", "device", **env).stdout == "json@1 is in the tier device\n"
+    assert inside("pin", "json", **env).stdout.startswith("json is pinned: json@1, ")
+    table = inside("tiers", "--tier", "ram", **env).stdout
+    assert table.startswith("RAM ")
+    assert "json@1" in table
+    assert json.loads(inside("tiers", "--json", **env).stdout)["ram"]["pinned"] == 1
+    assert inside("unpin", "json", **env).stdout == "unpinned json\n"
+    assert_refused(inside("unpin", "json", **env), "is not pinned")
+    assert json.loads(inside("pin", "json@1", "--json", **env).stdout)["pinned"]
+    assert json.loads(inside("unpin", "json@1", "--json", **env).stdout)["unpinned"] == ["json@1"]
+    assert_refused(inside("prefetch", "nobody", **env), "nobody")
