@@ -40,7 +40,7 @@ from loraplex.resolution import Held, Names
 from loraplex.routing.document import JsonObject, document_of, ramp_of, route_of
 from loraplex.routing.guard import Verdict, judge
 from loraplex.routing.observed import Observed, Window
-from loraplex.routing.route import Route, Target
+from loraplex.routing.route import Route, Shadow, Target
 from loraplex.routing.router import RULE, Asked, Routed, Router
 
 logger = structlog.get_logger(__name__)
@@ -217,6 +217,14 @@ class Routes:
                 self._arms[key] = Arm()
             return self._arms[key]
 
+    def shadows(self, alias: str) -> tuple[Shadow, ...]:
+        """Of the revision that the last decision saw."""
+        live = self._live.get(alias)
+        return () if live is None else live.route.shadow
+
+    def shadow_arm(self, alias: str, model: str) -> Arm:
+        return self.arm(alias, f"shadow:{model}")
+
     def arms(self) -> list[tuple[str, str, Arm]]:
         """Alias, target, and what is known of it, oldest first."""
         with self._lock:
@@ -226,6 +234,11 @@ class Routes:
         """Of each target, over the last `seconds`."""
         now = time.monotonic()
         return {one.model: self.arm(route.alias, one.model).window.since(seconds, now) for one in route.targets}
+
+    def seen_shadows(self, route: Route, seconds: float) -> dict[str, Observed]:
+        """Of each shadow, over the last `seconds`."""
+        now = time.monotonic()
+        return {one.model: self.shadow_arm(route.alias, one.model).window.since(seconds, now) for one in route.shadow}
 
     def shares(self, route: Route) -> tuple[float, ...]:
         """That the targets should have now."""

@@ -45,6 +45,7 @@ from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.resolution import Names, Resolved
 from loraplex.routes import Routes
+from loraplex.shadows import Shadows
 from loraplex.sources.allow_list import AllowList
 from loraplex.text.adapter_text import AdapterText
 from loraplex.text.adapter_texts import AdapterTexts
@@ -82,6 +83,9 @@ class Service:
         self.base_name = settings.base_name
         self.names = Names(catalog, settings.base_name, info.bytes_per_value)
         self.routes = Routes(catalog.registry.routes, self.names, settings.base_name)
+        self._shadows = Shadows(
+            self.routes, partial(self._generate, is_shadow=True), lambda: not self.num_running and not self.is_draining
+        )
         self.started_at = time.time()
         self.is_draining = False
         self.num_running = 0
@@ -140,6 +144,7 @@ class Service:
             await service._register_folders(refused)
             await asyncio.to_thread(service.routes.load)
             stack.push_async_callback(service.routes.settled)
+            stack.push_async_callback(service._shadows.close)
             await stack.enter_async_context(service.tiers.kept())
             yield service
 
@@ -177,6 +182,12 @@ class Service:
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Resolve, encode, queue. Everything that can be refused is refused here, before the first byte."""
+        generation = await self._generate(request, is_shadow=False)
+        if generation.routed is not None:
+            self._shadows.offer(request, generation.routed, generation.request_id)
+        return generation
+
+    async def _generate(self, request: GenerationRequest, *, is_shadow: bool) -> Generation:
         self._check_open()
         if not 1 <= request.n <= MAX_CHOICES:
             raise InvalidRequest(f"n must lie between 1 and {MAX_CHOICES}, not {request.n}.", param="n")
@@ -194,7 +205,8 @@ class Service:
                 for p, token_ids in enumerate(prompts)
                 for j in range(request.n)
             )
-            self._reserve(len(requests), lifetime)
+            if not is_shadow:
+                self._reserve(len(requests), lifetime)
         except BaseException:
             await lifetime.aclose()
             raise
@@ -245,10 +257,12 @@ class Service:
                 retry_after=2,
             )
         self.num_running += num_sequences
+        self._shadows.give_way()
         lifetime.callback(self._release, num_sequences)
 
     def _release(self, num_sequences: int) -> None:
         self.num_running -= num_sequences
+        self._shadows.wake()
 
     @asynccontextmanager
     async def text_of(self, model: str) -> AsyncIterator[AdapterText]:

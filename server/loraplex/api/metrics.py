@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from loraplex import __version__
+from loraplex.api.route_metrics import route_families
 from loraplex.engine.durations import BOUNDS
 from loraplex.engine.engine import EngineStats
 from loraplex.engine.messages import FinishReason
@@ -91,6 +92,7 @@ class Metrics:
         info = GaugeMetricFamily("loraplex_build_info", "Version of the server", labels=("version",))
         info.add_metric((__version__,), 1)
         yield info
+        yield from route_families(self._service.routes)
         stats = self._snapshot
         if stats is None:
             return

@@ -58,7 +58,19 @@ async def list_routes(service: TheService) -> dict[str, Any]:
 async def get_route(alias: str, service: TheService, window: Seconds = 300.0) -> Response:
     """The route, and what this process saw of each target in the last `window` seconds."""
     live = await asyncio.to_thread(service.routes.get, validate_name(alias))
-    return _reply(service, live, 200, {"window": window, "observed": _observed(service, live, window)})
+    return _reply(
+        service,
+        live,
+        200,
+        {
+            "window": window,
+            "observed": _observed(service, live, window),
+            "observed_shadows": [
+                {"model": model, "dropped": one.dropped, **describe_observed(one)}
+                for model, one in service.routes.seen_shadows(live.route, window).items()
+            ],
+        },
+    )
 
 
 @router.put("/{alias}")

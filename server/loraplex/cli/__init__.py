@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loraplex import __version__
-from loraplex.cli import adapters, arithmetic, bench, check, demo, serve, store, taking, tiers
+from loraplex.cli import adapters, arithmetic, bench, check, demo, routes, serve, store, taking, tiers
 from loraplex.errors import LoraplexError
 
 # No markup in help texts: it would swallow "[default: 8000]".
@@ -32,6 +32,7 @@ app.command("merge")(arithmetic.merge)
 app.command("resize")(arithmetic.resize)
 app.command("bake")(arithmetic.bake)
 app.command("extract")(arithmetic.extract)
+app.add_typer(routes.app, name="route")
 app.add_typer(bench.app, name="bench")
 
 

@@ -114,9 +114,16 @@ def history(
     table = Table("at", "who", "what", "version", "before", "since")
     for row in reply["data"]:
         version = row["name"] if row["version"] is None else f"{row['name']}@{row['version']}"
-        values = (row["at"], row["who"], row["action"], version, row.get("was") or "", row.get("now") or "")
+        values = (row["at"], row["who"], row["action"], version, _meant(row.get("was")), _meant(row.get("now")))
         table.add_row(*map(escape, values))
     Console().print(table)
+
+
+def _meant(what: str | dict[str, Any] | None) -> str:
+    """What a name meant: a version, or the targets of a route."""
+    if isinstance(what, dict):
+        return " ".join(f"{one['model']}={one['weight']:g}" for one in what["targets"])
+    return what or ""
 
 
 class _Counted:

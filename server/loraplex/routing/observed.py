@@ -27,6 +27,7 @@ class Observed:
     aborted         the client went away
     unavailable     could not run here: the target was missing or in quarantine
     over_limit      did not run here: max_running
+    dropped         shadows that found no room
     """
 
     drawn: int = 0
@@ -37,6 +38,7 @@ class Observed:
     aborted: int = 0
     unavailable: int = 0
     over_limit: int = 0
+    dropped: int = 0
     ttft: Counter[int] = field(default_factory=Counter)
     between: Counter[int] = field(default_factory=Counter)
     ttft_seconds: float = 0.0
