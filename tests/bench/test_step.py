@@ -145,11 +145,11 @@ def test_it_asks_for_torch_and_transformers_alone():
     assert seen == {"step", "lora_calls", "machine", "random_model", "roofline"}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torchao's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # bitsandbytes' own
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_quantised_base(make):
-    result = make(batches=(2,), adapters=(0, 2), quantization="int8", merged=True).run()
+    result = make(batches=(2,), adapters=(0, 2), quantization="nf4", merged=True).run()
     assert [(row["adapters"], row["merged"]) for row in result["rows"]] == [(0, False), (2, False)]
-    assert result["quantization"]["kind"] == "int8"
+    assert result["quantization"]["kind"] == "nf4"
     assert 0 < result["quantization"]["divergence"] < 1
     assert result["quantization"]["nbytes"] < result["quantization"]["plain_nbytes"]

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import peft
@@ -21,7 +22,8 @@ from loraplex.model.loader import BaseModel, load_base
 from loraplex.model.quantization import is_quantized, keep_exact, quantization_config
 
 CPU = torch.device("cpu")
-CPU_KINDS = ("int8", "nf4")
+# int8 where torchao is installed; it is no part of the extra `dev`, since every import of transformers imports it then
+CPU_KINDS = ("int8", "nf4") if find_spec("torchao") else ("nf4",)
 ADAPTERS = {
     "all": {"r": 8, "target_modules": "all-linear"},
     "qv": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
