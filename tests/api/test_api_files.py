@@ -14,8 +14,8 @@ from loraplex.lora.digest import adapter_digest
 
 @pytest.fixture
 def pushed(server: LiveServer, adapter_folders: dict[str, Path]) -> Iterator[dict]:
-    yield push(server.client, "green", adapter_folders["green"]).json()
-    server.client.delete("/v1/adapters/green")
+    yield push(server.client, "taken", adapter_folders["green"]).json()
+    server.client.delete("/v1/adapters/taken")
 
 
 def fetch(client: httpx2.Client, model: str, part: str) -> httpx2.Response:
@@ -26,7 +26,7 @@ def test_what_comes_out_is_what_went_in(server: LiveServer, pushed: dict, adapte
     folder = adapter_folders["green"]
     sums = {}
     for part, name in (("config", "adapter_config.json"), ("weights", "adapter_model.safetensors")):
-        reply = fetch(server.client, "green", part)
+        reply = fetch(server.client, "taken", part)
         assert reply.status_code == 200
         assert reply.content == (folder / name).read_bytes()
         assert reply.headers["x-loraplex-digest"] == pushed["digest"]
@@ -40,34 +40,34 @@ def test_what_comes_out_is_what_went_in(server: LiveServer, pushed: dict, adapte
 def test_a_part_of_a_file(server: LiveServer, pushed: dict, adapter_folders: dict[str, Path]):
     """For downloads that go on where they broke off."""
     whole = (adapter_folders["green"] / "adapter_model.safetensors").read_bytes()
-    reply = server.client.get("/v1/adapters/green/files/weights", headers={"range": "bytes=100-"})
+    reply = server.client.get("/v1/adapters/taken/files/weights", headers={"range": "bytes=100-"})
     assert (reply.status_code, reply.content) == (206, whole[100:])
 
 
 def test_what_there_is_not(server: LiveServer, pushed: dict):
     assert_error(fetch(server.client, "nobody", "config"), 404, "model_not_found")
-    assert_error(fetch(server.client, "green@77", "config"), 404, "model_not_found")
-    assert_error(fetch(server.client, "green", "chat_template"), 400, "invalid_request", "config, weights")
-    assert_error(fetch(server.client, "green", "registry.sqlite"), 400, "invalid_request")
-    assert fetch(server.client, "green", "..%2F..%2Fregistry.sqlite").status_code == 404
+    assert_error(fetch(server.client, "taken@77", "config"), 404, "model_not_found")
+    assert_error(fetch(server.client, "taken", "chat_template"), 400, "invalid_request", "config, weights")
+    assert_error(fetch(server.client, "taken", "registry.sqlite"), 400, "invalid_request")
+    assert fetch(server.client, "taken", "..%2F..%2Fregistry.sqlite").status_code == 404
 
 
 def test_files_that_the_disk_has_changed_are_not_given_out(server: LiveServer, pushed: dict):
     weights = server.service.catalog.store.path(pushed["digest"]) / "adapter_model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    assert_error(fetch(server.client, "green", "config"), 500, "adapter_load_failed", pushed["id"], "Push")
+    assert_error(fetch(server.client, "taken", "config"), 500, "adapter_load_failed", pushed["id"], "Push")
     weights.unlink()
-    assert_error(fetch(server.client, "green", "config"), 500, "adapter_load_failed", "cannot be read")
+    assert_error(fetch(server.client, "taken", "config"), 500, "adapter_load_failed", "cannot be read")
     weights.write_bytes(good)
-    assert fetch(server.client, "green", "weights").content == good
+    assert fetch(server.client, "taken", "weights").content == good
 
 
 def test_a_deletion_waits_for_a_download(server: LiveServer, pushed: dict, adapter_folders: dict[str, Path]):
     """The files of a download under way stay until it ends."""
     store = server.service.catalog.store
     with store.hold(pushed["digest"]) as folder:  # as the route does it
-        assert server.client.delete("/v1/adapters/green").status_code == 200
+        assert server.client.delete("/v1/adapters/taken").status_code == 200
         assert (folder / "adapter_config.json").is_file()
     server.service.catalog.sweep()
     assert not folder.exists()
