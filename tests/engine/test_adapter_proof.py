@@ -1,5 +1,6 @@
 """The proof passes what is computed right, and finds what is not: in the adapter, and in the engine itself."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from architectures import SERVED
 from harness import World, make_world, make_world_of
 from loraplex.engine.adapter_proof import AdapterProof
 from loraplex.engine.probe import Probe, decoder_layers
-from loraplex.engine.proof_result import ProofResult
+from loraplex.engine.proof_result import ModuleFigures, ProofResult
 from loraplex.lora.weights import LoRAPair, LoRAWeights, pack
 from loraplex.ops import torch_ops
 
@@ -172,6 +173,25 @@ def test_an_attention_that_overflows_beside_the_modules(world: World):
     last = {name: shape for name, shape in world.base.targets.items() if "layers.1" in name}
     weights = tiny.make_adapter(last, rank=4, seed=3, only=["q_proj", "k_proj"], scaling=1.0)
     refused(world, changed(weights, lambda slab: slab * 1e11), "logits are NaN or infinite")
+
+
+@pytest.mark.parametrize("module", ["q_proj", "v_proj", "down_proj"])
+def test_numbers_at_the_end_of_the_range_are_no_proof(module: str, world: World):
+    """Where the sums in float32 leave its range, or nearly: refused, or proven with figures that are numbers."""
+    for exponent in (30, 34, 36, 37, 38):
+        weights = tiny.make_adapter(world.base.targets, rank=4, seed=3, only=[module])
+        delta = weights.modules[f"model.layers.0.{'mlp' if module == 'down_proj' else 'self_attn'}.{module}"]
+        slab = weights.slab.clone()
+        slab[delta.offset_b + 3] = 10.0**exponent
+        result = prove(world, replace(weights, slab=slab))
+        figures = [f for m in result.modules for f in (m.delta, m.product) if f is not None]
+        assert all(math.isfinite(figure) for figure in figures)
+        assert result.failure is not None or all(m.error <= result.tolerance for m in result.modules)
+
+
+def test_no_number_is_the_largest_error():
+    for figures in ((0.0, math.nan), (math.nan, 0.0), (math.nan, None)):
+        assert math.isnan(ModuleFigures("a", "linear", *figures).error)
 
 
 def test_logits_that_are_finite_and_beyond_use(world: World):

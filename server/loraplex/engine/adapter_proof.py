@@ -135,12 +135,8 @@ class AdapterProof:
         return {"isolation_error": isolation_error, "divergence": self._diverge(logits)}
 
     def _check(self, shape: ModuleShape, observed: Observed | None) -> ModuleFigures:
-        if observed is not None and not all(bool(part.isfinite().all()) for part in observed.y):
-            raise Refuted(
-                f"The adapter gives NaN or infinity at {shape.name!r}, or before it, when it is run on this base in "
-                f"{self._dtype_name}. Its numbers are finite, their products are not: check lora_alpha and the "
-                "training run, or serve the base in a type with a wider range (--dtype)."
-            )
+        if observed is not None:
+            self._check_finite(shape, *observed.y)
         if shape.kind == "leaf":
             figures = ModuleFigures(shape.name, shape.kind, own=self._own(shape, observed) if observed else None)
         else:
@@ -154,6 +150,14 @@ class AdapterProof:
                 + _SERVER_FAULT
             )
         return figures
+
+    def _check_finite(self, shape: ModuleShape, *parts: Tensor) -> None:
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise Refuted(
+                f"The adapter gives NaN or infinity at {shape.name!r}, or before it, when it is run on this base in "
+                f"{self._dtype_name}. Its numbers are finite, their products are not: check lora_alpha and the "
+                "training run, or serve the base in a type with a wider range (--dtype)."
+            )
 
     @property
     def _dtype_name(self) -> str:
@@ -184,6 +188,7 @@ class AdapterProof:
             shrunk = a[x] if shape.kind == "embedding" else x.float() @ a.T
             expected = delta.scaling * shrunk @ bt
             starts, places = [0], [runner.probe_place]
+        self._check_finite(shape, expected)
         num_rows = len(expected)
         ends = [*starts[1:], num_rows]
         found = torch.zeros(num_rows + 2, shape.out_features, dtype=dtype, device=x.device)
@@ -199,11 +204,11 @@ class AdapterProof:
                 f"The adapter failed the proof: at {shape.name!r} its delta reaches rows of the batch that are not its "
                 f"own. {_SERVER_FAULT}"
             )
-        usual = shrunk.norm(dim=-1)
+        usual = _norm(shrunk, -1)
         if shape.kind != "embedding":
-            usual = torch.maximum(usual, _usual(x.float(), a.norm(dim=(-2, -1))))
-        usual = abs(delta.scaling) * usual * bt.norm(dim=-2).amax(-1) / delta.rank**0.5
-        return _error(found[1:-1], expected, torch.maximum(expected.abs().amax(-1), usual))
+            usual = torch.maximum(usual, _usual(x, _norm(a, (-2, -1))))
+        usual = abs(delta.scaling) * usual * _norm(bt, -2).amax(-1) / delta.rank**0.5
+        return _error(found[1:-1], expected, torch.maximum(expected.abs().amax(-1).double(), usual))
 
     def _segments(self, starts: list[int], ends: list[int], places: list[int], offsets, rank: int) -> LoRASegments:
         def ints(values) -> Tensor:
@@ -238,8 +243,9 @@ class AdapterProof:
         if extra is not None and extra.shift is not None:
             offset = offset + extra.shift.to(device)[chosen].float()
         expected = x @ merged.T + offset
+        self._check_finite(shape, base, expected)
         largest = torch.maximum(torch.maximum(base.abs(), expected.abs()), (expected - base).abs()).amax(-1)
-        return _error(y, expected, torch.maximum(largest, _usual(x, merged.norm(dim=-1).amax()))), count
+        return _error(y, expected, torch.maximum(largest.double(), _usual(x, _norm(merged, -1).amax()))), count
 
     def _rows_of_weight(self, shape: ModuleShape, runs: list[tuple[int, int]], chosen: Tensor) -> Tensor:
         """float32 [len(chosen), in_features], a new tensor: the base's rows, or the adapter's own."""
@@ -282,6 +288,7 @@ class AdapterProof:
         if delta is not None and delta.rank:
             a, bt = (part.to(device).float() for part in (weights.a(shape), weights.bt(shape)))
             expected = base + delta.scaling * a[tokens] @ bt
+        self._check_finite(shape, expected)
         largest = torch.maximum(base.abs(), expected.abs()).amax(-1)
         return _error(observed.y[0], expected, largest), shape.out_features
 
@@ -295,11 +302,12 @@ class AdapterProof:
         answer = functional_call(module, own, (observed.x,))
         answers = answer if isinstance(answer, tuple | list) else [answer]
         parts = [part for part in answers if isinstance(part, Tensor)]
-        return max(
+        errors = [
             _error(found.reshape(1, -1), expected.reshape(1, -1).float(), expected.float().abs().max().reshape(1))
             for found, expected in zip(observed.y, parts, strict=True)
             if found.is_floating_point()  # a router's choices follow from its logits
-        )
+        ]
+        return float(torch.tensor(errors).max())  # NaN if one is
 
     # -- the logits -------------------------------------------------------------------------------------------
 
@@ -360,7 +368,12 @@ def _runs(num_outputs: int) -> list[tuple[int, int]]:
 
 def _usual(x: Tensor, norm: Tensor) -> Tensor:
     """[n]: as large as the products of rows x [n, in] with a vector of this norm usually are."""
-    return x.norm(dim=-1) * norm / x.shape[-1] ** 0.5
+    return _norm(x, -1) * norm / x.shape[-1] ** 0.5
+
+
+def _norm(x: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """float64, in which the square of the largest float32 is a number."""
+    return torch.linalg.vector_norm(x, dim=dim, dtype=torch.float64)
 
 
 def _error(found: Tensor, expected: Tensor, largest: Tensor) -> float:

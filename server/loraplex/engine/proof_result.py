@@ -11,6 +11,7 @@ Every figure is the largest difference of a row as a share of the row's largest 
 have `delta` only: which of them a probe meets is the router's choice.
 """
 
+import math
 from dataclasses import dataclass
 
 from loraplex.engine.messages import Failure
@@ -29,8 +30,9 @@ class ModuleFigures:
 
     @property
     def error(self) -> float:
-        """The largest of them."""
-        return max((figure for figure in (self.delta, self.product, self.own) if figure is not None), default=0.0)
+        """The largest of them; NaN if one is."""
+        known = [figure for figure in (self.delta, self.product, self.own) if figure is not None]
+        return math.nan if any(map(math.isnan, known)) else max(known, default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
