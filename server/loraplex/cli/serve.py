@@ -272,8 +272,8 @@ def _quantization(quantization: "Quantization | None") -> dict[str, str]:
         return {}
     was, now = quantization.plain_nbytes, quantization.nbytes
     return {
-        "quantised": f"{quantization.kind}: {_size(was)} of weights are {_size(now)}; logits differ from the unquantised "
-        f"base's by up to {quantization.divergence:.1%} of their range"
+        "quantised": f"{quantization.kind}: {_size(was)} of weights are {_size(now)}; logits differ from the "
+        f"unquantised base's by up to {quantization.divergence:.1%} of their range"
     }
 
 
