@@ -46,6 +46,8 @@ class StagedFile:
         self._advice = "Send a smaller file, or none: it need not be there."
         if path.name in (CONFIG_NAME, WEIGHTS_NAME):
             self._advice = "Send a smaller adapter (a smaller rank, or bfloat16 instead of float32)."
+        if path.name == WEIGHTS_NAME:
+            self._advice += f" Or start the server with max_upload_bytes (LORAPLEX_MAX_UPLOAD_BYTES) above {limit}."
         self._check_space = check_space
         self._unchecked = 0
         self._sha = hashlib.sha256()
