@@ -19,6 +19,7 @@ TINY = {
 }
 
 
+@pytest.mark.slow  # three servers, one after the other
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell a process's memory")
 def test_tiers(limits):
     settings = TiersSettings(adapters=9, rank=2, in_ram=3, loads=24, rounds=2, repeats=1, page=4, shape=TINY)

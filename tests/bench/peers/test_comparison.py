@@ -226,6 +226,7 @@ def test_what_failed_and_what_was_cached_is_said():
     assert (figures.failed, figures.tokens_per_second, figures.ttft_max) == (1, (4 + 2) / 2.0, 500)
 
 
+@pytest.mark.slow  # a server and PEFT's own process
 def test_loraplex_and_peft_serve_the_same(limits, tmp_path: Path):
     """The real server, and the real program, on a tiny model."""
     peers = [Loraplex(), PeftMixed()]
