@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 from folders import parts_of, peft_greedy, save_adapter, save_base
+from forks import Forks
 from live import LiveServer, assert_error
 from processes import ServerProcess, servers
 
@@ -96,11 +97,11 @@ def state_of(client: httpx2.Client) -> dict[str, Any]:
     return {"rows": rows, "details": details, "models": models, "audit": client.get("/v1/audit").json()}
 
 
-def test_the_life_of_a_name(model: Path, adapters: list[Path], tmp_path: Path, tokenizer):
+def test_the_life_of_a_name(forks: Forks, model: Path, adapters: list[Path], tmp_path: Path, tokenizer):
     expected = [tokenizer.decode(peft_greedy(model, folder, PREFIX, 8)).rstrip(INCOMPLETE) for folder in adapters]
     assert expected[0] != expected[1]
     data = tmp_path / "data"
-    with servers(1, model, data) as (server,):
+    with servers(forks, 1, model, data) as (server,):
         client = server.client
         assert push(client, "story", adapters[0]).json()["id"] == "story@1"
         assert said(client, "story", PREFIX) == ("story@1", expected[0])
@@ -151,7 +152,7 @@ def test_the_life_of_a_name(model: Path, adapters: list[Path], tmp_path: Path, t
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
 
     # Started again: the same state, the same answers.
-    with servers(1, model, data) as (server,):
+    with servers(forks, 1, model, data) as (server,):
         assert state_of(server.client) == state
         assert said(server.client, "story", PREFIX) == ("story@1", expected[0])
         assert said(server.client, "story@2", PREFIX) == ("story@2", expected[1])
@@ -159,9 +160,9 @@ def test_the_life_of_a_name(model: Path, adapters: list[Path], tmp_path: Path, t
     assert not list((data / "staging").iterdir())
 
 
-def test_two_servers_on_one_store(model: Path, adapters: list[Path], tmp_path: Path, registry_url: str):
+def test_two_servers_on_one_store(forks: Forks, model: Path, adapters: list[Path], tmp_path: Path, registry_url: str):
     data = tmp_path / "data"
-    with servers(2, model, data, registry_url=registry_url) as (one, other):
+    with servers(forks, 2, model, data, registry_url=registry_url) as (one, other):
         # What one accepts the other serves at once.
         assert push(one.client, "shared", adapters[0]).json()["id"] == "shared@1"
         first = said(other.client, "shared", PREFIX)
