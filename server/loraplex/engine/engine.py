@@ -226,6 +226,8 @@ class Engine:
             return self.residency.view()
         if name == "standings":
             return self.residency.standings(**arguments)
+        if name == "forget_logits":
+            return self.runner.kept_logits.forget(arguments["names"])
         if name == "evict":
             for digest in arguments["digests"]:
                 self.merges.forget(digest)

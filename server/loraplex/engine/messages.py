@@ -26,7 +26,8 @@ Composition = tuple[AdapterUse, ...]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One sequence to generate. `salt` keeps tenants' KV blocks apart; `choice` is the index among the n of a
-    request and a part of the sampling key."""
+    request and a part of the sampling key. `keeps` and `against` are names in `KeptLogits`: where the distributions of
+    the reported prompt positions stay (until the command "forget_logits"), and what those are compared with."""
 
     seq_id: str
     token_ids: tuple[int, ...]
@@ -34,6 +35,8 @@ class EngineRequest:
     composition: Composition = ()
     salt: bytes = b""
     choice: int = 0
+    keeps: str | None = None
+    against: str | None = None
 
 
 class FinishReason(StrEnum):
@@ -46,11 +49,13 @@ class FinishReason(StrEnum):
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Natural logs from the raw distribution, before temperature and penalties. `top` holds the best alternatives,
-    most likely first; the chosen token's float there is the very same as `logprob`."""
+    most likely first; the chosen token's float there is the very same as `logprob`. `divergence`: of the distribution
+    from the one it was to be compared with, in nats; None: there was none."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    divergence: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.batch import BatchBuffers, ForwardBatch, LogitRows
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.kept_logits import KeptLogits
 from loraplex.engine.messages import Failure, TokenLogprobs
 from loraplex.engine.sampler import Sampler
 from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
@@ -52,6 +53,7 @@ class ModelRunner:
         wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)
         self._sampler = Sampler(config.eos_token_ids, self.ops)
+        self.kept_logits = KeptLogits()
 
     def install(self, merged: MergedWeights) -> None:
         """Let steps that are wholly one adapter's run on its merged weights, from the next one on."""
@@ -151,5 +153,6 @@ class ModelRunner:
             return ()
         count = seq.request.params.prompt_logprobs or 0
         tokens = seq.token_ids[first + 1 : last + 1]
-        found = self._sampler.logprobs(logits[rows.start : rows.start + len(tokens)], tokens, [count] * len(tokens))
-        return tuple(found)
+        own = logits[rows.start : rows.start + len(tokens)]
+        found = tuple(self._sampler.logprobs(own, tokens, [count] * len(tokens)))
+        return self.kept_logits.see(seq, first - seq.request.params.prompt_logprobs_from, own, found)

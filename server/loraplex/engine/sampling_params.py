@@ -18,8 +18,8 @@ class SamplingParams:
     presence and frequency penalty (over the output), temperature (0: greedy), min_p, top_k (0: all), top_p.
 
     `logprobs`: how many alternatives to report with each output token (0: only the chosen one; None: nothing).
-    `prompt_logprobs` the same for the prompt. `max_tokens` 0 evaluates the prompt and stops. Raises InvalidRequest
-    naming the parameter.
+    `prompt_logprobs` the same for the prompt, of the tokens after position `prompt_logprobs_from` on. `max_tokens` 0
+    evaluates the prompt and stops. Raises InvalidRequest naming the parameter.
     """
 
     max_tokens: int = 16
@@ -37,6 +37,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprobs_from: int = 0
 
     def __post_init__(self) -> None:
         _require_range("max_tokens", self.max_tokens, 0, INT64_MAX)
@@ -55,6 +56,7 @@ class SamplingParams:
             _require_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.prompt_logprobs is not None:
             _require_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _require_range("prompt_logprobs_from", self.prompt_logprobs_from, 0, INT64_MAX)
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(f"logit_bias may name at most {MAX_LOGIT_BIAS} tokens.", param="logit_bias")
         for _, bias in self.logit_bias:

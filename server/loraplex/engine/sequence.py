@@ -29,7 +29,8 @@ class Sequence:
         self.num_prompt_tokens = len(request.token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
-        self.num_prompt_logprobs = 0  # prompt positions already reported; survives a preemption
+        # prompt positions already reported, or not to be; survives a preemption
+        self.num_prompt_logprobs = request.params.prompt_logprobs_from
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []  # of the full blocks of token_ids, as far as they were needed
         self.num_committed_blocks = 0
