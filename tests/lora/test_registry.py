@@ -180,12 +180,12 @@ def test_the_text_side_is_remembered(registry: Registry):
 
 
 def test_what_checks_found_is_remembered(registry: Registry):
-    found: dict[str, Any] = {"report": {"fits": True, "notes": ["é"]}, "proof": {"error": 0.5}, "parent": "demo-base"}
+    found: dict[str, Any] = {"report": {"fits": True, "notes": ["é"]}, "proof": {"error": 0.5}}
     version = publish(registry, "sql", A, **found).version
     assert registry.get("sql") == version
-    assert (version.report, version.proof, version.parent) == tuple(found.values())
+    assert (version.report, version.proof) == tuple(found.values())
     other = publish(registry, "other", B).version
-    assert (other.report, other.proof, other.parent) == (None, None, None)
+    assert (other.report, other.proof) == (None, None)
 
 
 # -- rollback ---------------------------------------------------------------------------------------------------

@@ -18,21 +18,21 @@ from typing import Any
 
 from sqlalchemy import URL, ColumnElement, Connection, Select, case, func, insert, select, true, update
 
-from loraplex.errors import AdapterConflict, AdapterQuarantined, InvalidRequest, ModelNotFound
+from loraplex.errors import AdapterConflict, InvalidRequest, ModelNotFound
 from loraplex.lora.database import Database
 from loraplex.lora.digest import validate_digest
 from loraplex.lora.event import DELETE, PUSH, QUARANTINE, ROLLBACK, Event
 from loraplex.lora.facts import AdapterFacts
+from loraplex.lora.parents import Parents, check_parent, refuse_parents
 from loraplex.lora.pins import Pins
 from loraplex.lora.route_revisions import RouteRevisions, refuse_alias
 from loraplex.lora.rows import event_of_row, row_of_version, version_of_row
 from loraplex.lora.steps import Step, unwatched
 from loraplex.lora.tables import adapters, events, identity, versions
-from loraplex.lora.version import DELETED, INCOMPATIBLE, QUARANTINED, READY, Version
-from loraplex.routing.names import validate_name
+from loraplex.lora.version import DELETED, INCOMPATIBLE, QUARANTINED, READY, Version, refuse_quarantined
+from loraplex.routing.names import ModelRef, validate_name
 
 _MAX_SOURCE_CHARS = 1024
-_MAX_NAME_CHARS = 64
 _BY_PRECEDENCE = (versions.c.precedence.desc(), versions.c.version.desc())
 _IS_READY = versions.c.state == READY
 
@@ -61,6 +61,7 @@ class Registry:
         self._step = step
         self.routes = RouteRevisions(self._database, step)
         self.pins = Pins(self._database, base_fingerprint)
+        self.parents = Parents(self._database, base_fingerprint)
         self._is_mine = _IS_READY & (versions.c.base_fingerprint == base_fingerprint)
 
     def close(self) -> None:
@@ -91,13 +92,13 @@ class Registry:
         who: str,
         report: Mapping[str, Any] | None = None,
         proof: Mapping[str, Any] | None = None,
-        parent: str | None = None,
+        parent: ModelRef | None = None,
     ) -> Change:
-        """Make `name` mean the files `digest`.
+        """Make `name` mean the files `digest`, on top of the version `parent`.
 
-        If a ready version of the name on this base is made of them, it is that version, with the new report and proof
-        if it had none, and out of quarantine; else they become the next version. Raises InvalidName, and
-        AdapterConflict for the name of a route.
+        If a ready version of the name on this base is made of them and has that parent, it is that version, with the
+        new report and proof if it had none, and out of quarantine; else they become the next version. Raises
+        InvalidName, AdapterConflict for the name of a route, and as `check_parent`.
         """
         validate_name(name)
         validate_digest(digest)
@@ -113,16 +114,18 @@ class Registry:
             facts=facts,
             report=report,
             proof=proof,
-            parent=None if parent is None else parent[:_MAX_NAME_CHARS],
+            parent=parent,
         )
 
         def change(connection: Connection) -> Change:
             self._step("publish: begun")
-            last = self._claim(connection, name)
+            last = self._claim(connection, name, parent)
             refuse_alias(connection, name)
-            same = self._first(connection, self._mine(name).where(versions.c.digest == digest))
+            if parent is not None:
+                check_parent(connection, parent, name, self._base)
+            same = self._first(connection, self._mine(name).where(versions.c.digest == digest, _stands_on(parent)))
             previous = self._current(connection, name)
-            if previous is not None and previous.digest == digest:
+            if previous is not None and (previous.digest, previous.parent) == (digest, parent):
                 same = previous
             if same is not None:
                 renewed, changes = _renewed(same, new)
@@ -140,7 +143,8 @@ class Registry:
             row = {**row_of_version(version), "state": READY, "precedence": self._top(connection, name)}
             connection.execute(insert(versions).values(row))
             self._step("publish: version written")
-            self._record(connection, who, PUSH, version, was=previous, now=version, is_new=True, source=new.source)
+            told = {"source": new.source, **({} if parent is None else {"parent": str(parent)})}
+            self._record(connection, who, PUSH, version, was=previous, now=version, is_new=True, **told)
             self._step("publish: event written")
             return Change(version, previous, is_new=True)
 
@@ -163,7 +167,7 @@ class Registry:
             if current is None:
                 raise self._not_found(connection, name, None)
             target = self._before(connection, current) if to is None else self._exactly(connection, name, to)
-            _refuse_quarantined(target)
+            refuse_quarantined(target)
             if target == current:
                 return Change(current, current)
             above = self._precedence(connection, target)
@@ -187,7 +191,7 @@ class Registry:
 
     def delete(self, name: str, version: int | None = None, *, who: str) -> Sequence[Version]:
         """Delete `version` of `name`, which may be incompatible, or all its versions on this base; returns them as they
-        were, oldest first. Raises ModelNotFound.
+        were, oldest first. Raises ModelNotFound, and AdapterConflict when others stand on one of them.
 
         Only the registry forgets them: running requests hold the files, and the store's sweep removes them
         later.
@@ -202,6 +206,7 @@ class Registry:
             deleted = self._all(connection, select(versions).where(which).order_by(versions.c.version))
             if not deleted:
                 raise self._not_found(connection, name, version)
+            refuse_parents(connection, deleted)
             was = self._current(connection, name)
             connection.execute(update(versions).where(which).values(state=DELETED, deleted_at=datetime.now(UTC)))
             self._step("delete: version marked")
@@ -243,7 +248,7 @@ class Registry:
             found = self._first(connection, query)
             if found is None:
                 raise self._not_found(connection, name, version)
-        _refuse_quarantined(found)
+        refuse_quarantined(found)
         return found
 
     def look(self, name: str, version: int | None = None) -> Version:
@@ -320,18 +325,21 @@ class Registry:
             assert (row := connection.execute(beyond).first()) is None, f"{row} is beyond its name's last version"
             assert (row := connection.execute(doubled).first()) is None, f"two versions of {row} have one precedence"
         self.routes.check_integrity()
+        self.parents.check_integrity()
 
     # -- within a transaction ---------------------------------------------------------------------------------
 
-    def _lock(self, connection: Connection, name: str) -> int | None:
-        """The name's last number. Until the transaction ends others who change the name wait."""
-        query = select(adapters.c.last_version).where(adapters.c.name == name)
-        return connection.execute(query.with_for_update()).scalar()
+    def _lock(self, connection: Connection, *names: str) -> Mapping[str, int]:
+        """The last numbers of those that are there. Until the transaction ends others who change them wait. Several are
+        locked in one order, so that nobody waits for who waits for them."""
+        query = select(adapters.c.name, adapters.c.last_version).where(adapters.c.name.in_(names))
+        rows = connection.execute(query.order_by(adapters.c.name).with_for_update())
+        return {row.name: row.last_version for row in rows}
 
-    def _claim(self, connection: Connection, name: str) -> int:
-        """As `_lock` for a name that need not be there yet. Of two who make it at once the second waits, and is then
-        run again by `Database.write`."""
-        last = self._lock(connection, name)
+    def _claim(self, connection: Connection, name: str, parent: ModelRef | None) -> int:
+        """As `_lock` for a name that need not be there yet, and that of its parent. Of two who make it at once the
+        second waits, and is then run again by `Database.write`."""
+        last = self._lock(connection, name, *([] if parent is None else [parent.name])).get(name)
         if last is None:
             connection.execute(insert(adapters).values(name=name, last_version=0))
         return last or 0
@@ -446,15 +454,10 @@ def _renewed(version: Version, pushed: Version) -> tuple[Version, dict[str, Any]
     return version, changes
 
 
-def _refuse_quarantined(version: Version) -> None:
-    if version.state == QUARANTINED:
-        why = version.quarantine or {}
-        raise AdapterQuarantined(
-            f"{version.model_id!r} is in quarantine since {why.get('at', 'a while')} and does not answer: "
-            f"{why.get('reason', 'it failed while it ran')} Push a corrected version (or these files again, to have "
-            f"them proven anew), roll {version.name!r} back, or delete {version.model_id!r}.",
-            param="model",
-        )
+def _stands_on(parent: ModelRef | None) -> ColumnElement[bool]:
+    if parent is None:
+        return versions.c.parent.is_(None)
+    return (versions.c.parent == parent.name) & (versions.c.parent_version == parent.version)
 
 
 def _is(version: Version) -> ColumnElement[bool]:

@@ -8,6 +8,7 @@ from sqlalchemy import Row
 from loraplex.lora.event import Event
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.version import INCOMPATIBLE, QUARANTINED, READY, Version
+from loraplex.routing.names import ModelRef
 
 
 def row_of_version(version: Version) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def row_of_version(version: Version) -> dict[str, Any]:
         "created_at": version.created_at,
         "report": None if version.report is None else dict(version.report),
         "proof": None if version.proof is None else dict(version.proof),
-        "parent": version.parent,
+        "parent": version.parent and version.parent.name,
+        "parent_version": version.parent and version.parent.version,
     }
 
 
@@ -66,7 +68,7 @@ def version_of_row(row: Row[Any], base_fingerprint: str) -> Version:
         facts=facts,
         report=row.report,
         proof=row.proof,
-        parent=row.parent,
+        parent=None if row.parent is None else ModelRef(row.parent, row.parent_version),
         quarantine=row.quarantine,
     )
 

@@ -55,6 +55,7 @@ versions = Table(
     Column("report", JSON(none_as_null=True), nullable=True),
     Column("proof", JSON(none_as_null=True), nullable=True),
     Column("parent", String(64), nullable=True),
+    Column("parent_version", Integer, nullable=True),
     Column("quarantine", JSON(none_as_null=True), nullable=True),
     Column("source", String(1024), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from loraplex.errors import AdapterQuarantined
 from loraplex.lora.facts import AdapterFacts
+from loraplex.routing.names import ModelRef
 
 READY = "ready"
 INCOMPATIBLE = "incompatible"
@@ -21,8 +23,8 @@ class Version:
 
     `state` is READY, INCOMPATIBLE, QUARANTINED or DELETED; `created_at` is in UTC; `source` says where it came from
     ("upload", a folder). `report` and `proof` (JSON objects; None: there is none) are what its checks found when it was
-    accepted; `parent` is the name of the base or adapter it was made from, as whoever sent it says. `quarantine` (a
-    JSON object with `reason` and `at`) says why a QUARANTINED one is not served.
+    accepted; `parent` (None: the base) is the version it stands on, see `parents`. `quarantine` (a JSON object with
+    `reason` and `at`) says why a QUARANTINED one is not served.
     """
 
     name: str
@@ -35,7 +37,7 @@ class Version:
     facts: AdapterFacts
     report: Mapping[str, Any] | None = field(default=None, hash=False)
     proof: Mapping[str, Any] | None = field(default=None, hash=False)
-    parent: str | None = None
+    parent: ModelRef | None = None
     quarantine: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
@@ -59,3 +61,15 @@ class Version:
     def nbytes(self) -> int:
         """Bytes of both files."""
         return self.facts.nbytes
+
+
+def refuse_quarantined(version: Version) -> None:
+    """Raises AdapterQuarantined for one that is."""
+    if version.state == QUARANTINED:
+        why = version.quarantine or {}
+        raise AdapterQuarantined(
+            f"{version.model_id!r} is in quarantine since {why.get('at', 'a while')} and does not answer: "
+            f"{why.get('reason', 'it failed while it ran')} Push a corrected version (or these files again, to have "
+            f"them proven anew), roll {version.name!r} back, or delete {version.model_id!r}.",
+            param="model",
+        )
