@@ -24,6 +24,7 @@ FLOORS = {
     "sources": 2.5,
     "tiers": 4.9,
     "offline_check": 4.9,
+    "comparison": 4.88,
     "shadows": 4.88,
     "routes": 4.87,
     "resolution": 4.85,

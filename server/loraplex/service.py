@@ -14,6 +14,7 @@ from sqlalchemy import URL
 
 from loraplex.acceptance import Acceptance
 from loraplex.catalog import AdapterCatalog, Catalogued
+from loraplex.comparison import Comparisons
 from loraplex.config import Settings
 from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.async_engine import AsyncEngine
@@ -86,6 +87,7 @@ class Service:
         self._shadows = Shadows(
             self.routes, partial(self._generate, is_shadow=True), lambda: not self.num_running and not self.is_draining
         )
+        self.comparisons = Comparisons(self.names, self.routes, engine, self.generate, settings.base_name)
         self.started_at = time.time()
         self.is_draining = False
         self.num_running = 0

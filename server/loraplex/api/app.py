@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp
 
 from loraplex import __version__
-from loraplex.api import adapters, files, merges, openai, routes, sources, tiers, tokens
+from loraplex.api import adapters, compare, files, merges, openai, routes, sources, tiers, tokens
 from loraplex.api.auth import ApiKeyMiddleware, LoopbackGuard
 from loraplex.api.edge import EdgeMiddleware
 from loraplex.api.errors import install_error_handlers
@@ -43,6 +43,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.metrics = Metrics(service)
     install_error_handlers(app)
     app.include_router(openai.router, max_body_size=MAX_BODY_BYTES)
+    app.include_router(compare.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(adapters.router, max_body_size=upload_bytes)
     app.include_router(files.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(sources.router, max_body_size=sources.MAX_BYTES)
