@@ -48,9 +48,8 @@ logger = structlog.get_logger(__name__)
 UNAVAILABLE = (ModelNotFound, AdapterQuarantined, AdapterLoadFailed)
 """What makes a fallback answer, beside OVER_LIMIT."""
 OVER_LIMIT = "over_limit"
-MAX_ARMS = 4096
+MAX_ARMS = 16_384
 """Targets of which something is remembered."""
-_JUDGE_EVERY = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class Routes:
         self._lock = threading.Lock()  # over what follows
         self._live: dict[str, Live] = {}
         self._arms: dict[tuple[str, str], Arm] = {}
-        self._judged: dict[str, float] = {}
+        self._taking_out: set[str] = set()  # aliases whose failed target is just being taken out
         self._tasks: set[asyncio.Future[Any]] = set()
 
     # -- what holds (blocking) --------------------------------------------------------------------------------
@@ -154,16 +153,19 @@ class Routes:
         arm.window.count("ruled" if decision.by == RULE else "drawn", time.monotonic())
         routed = Routed(route.alias, target.model, decision.by)
         try:
+            held = replace(self._names.hold(target.model, lifetime), routed=routed)
             if not self._enter(arm, target, lifetime):
                 raise Overloaded(
                     f"{target.model!r}, to which the route {route.alias!r} sends this request, has the "
                     f"{target.max_running} requests that it may have at once. Try again in a moment.",
                     retry_after=1,
                 )
-            return replace(self._names.hold(target.model, lifetime), routed=routed)
+            return held
         except (Overloaded, *UNAVAILABLE) as error:
             over = isinstance(error, Overloaded)
             arm.window.count(OVER_LIMIT if over else "unavailable", time.monotonic())
+            if not over and (judged := self._judge(route.alias, target.model)) is not None:
+                self._take_out(*judged)
             reason = OVER_LIMIT if over else error.code
             held = self._fall_back(route, replace(routed, reason=reason), lifetime)
             if held is None:
@@ -199,7 +201,7 @@ class Routes:
         if routed is None or routed.reason is not None:
             return engine
         arm = self.arm(routed.alias, routed.target)
-        return Flight(engine, arm.window, lambda: self._judge_soon(routed.alias))
+        return Flight(engine, arm.window, lambda: self._judge_soon(routed.alias, routed.target))
 
     def main_target(self, model: str) -> str:
         """Of a route the target with the largest share, else `model` itself. Blocking."""
@@ -212,8 +214,9 @@ class Routes:
         with self._lock:
             key = (alias, model)
             if key not in self._arms:
-                if len(self._arms) >= MAX_ARMS:
-                    self._arms.pop(next(iter(self._arms)))
+                if len(self._arms) >= MAX_ARMS:  # the oldest that has no requests: those that run are counted
+                    idle = (old for old, arm in self._arms.items() if not arm.num_running)
+                    self._arms.pop(next(idle, key), None)
                 self._arms[key] = Arm()
             return self._arms[key]
 
@@ -244,26 +247,31 @@ class Routes:
         """That the targets should have now."""
         return route.shares(self._clock())
 
-    # -- the guard (event loop) -------------------------------------------------------------------------------
+    # -- the guard --------------------------------------------------------------------------------------------
 
-    def _judge_soon(self, alias: str) -> None:
-        live = self._live.get(alias)
-        if live is None or live.route.guard is None:
-            return
-        verdict = self._verdict(live.route)
-        if verdict is not None:
-            task = asyncio.ensure_future(asyncio.to_thread(self._take_out, live, verdict))
+    def _judge_soon(self, alias: str, model: str) -> None:
+        """On the event loop, when a request of the target has ended."""
+        if (judged := self._judge(alias, model)) is not None:
+            task = asyncio.ensure_future(asyncio.to_thread(self._take_out, *judged))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    def _verdict(self, route: Route) -> Verdict | None:
-        assert route.guard is not None
+    def _judge(self, alias: str, model: str) -> tuple[Live, Verdict] | None:
+        """The route and why `model` is to be taken out of it; whoever is told must do it."""
+        live = self._live.get(alias)
+        if live is None or (guard := live.route.guard) is None or not live.route.leads_to(model):
+            return None
         now = time.monotonic()
-        arms = ((one.model, self.arm(route.alias, one.model).window) for one in route.targets)
-        return judge(route, {model: window.since_mark(route.guard.window, now) for model, window in arms})
+        seen = {one: self.arm(alias, one).window.since_mark(guard.window, now) for one in (model, guard.baseline)}
+        verdict = judge(live.route, seen)
+        with self._lock:
+            if verdict is None or alias in self._taking_out:
+                return None
+            self._taking_out.add(alias)
+        return live, verdict
 
     def _take_out(self, live: Live, verdict: Verdict) -> None:
-        """If the route is still the one that was judged."""
+        """If the route is still the one that was judged. Blocking."""
         route = live.route
         assert route.guard is not None
         out = document_of(route.without(verdict.target, instead=route.guard.baseline))
@@ -280,8 +288,11 @@ class Routes:
             )
         except LoraplexError as error:
             logger.warning("a target was not taken out of its route", route=route.alias, reason=error.message)
-            return
-        logger.warning("target taken out of its route", route=route.alias, **verdict.to_json())
+        else:
+            logger.warning("target taken out of its route", route=route.alias, **verdict.to_json())
+        finally:
+            with self._lock:
+                self._taking_out.discard(route.alias)
 
     async def settled(self) -> None:
         """When what the guard has begun is done."""

@@ -156,6 +156,16 @@ def test_what_is_left_when_a_target_is_taken_out():
     assert alone.shares(0.0) == (1.0, 0.0)
 
 
+def test_who_gets_requests():
+    ramp = {"target": "c", "steps": [0, 10]}
+    rules = [{"header": "x", "exact": "1", "target": "d"}]
+    targets = ["a", *({"model": model, "weight": 0} for model in "bcd")]
+    route = router(targets=targets, ramp=ramp, rules=rules, fallback=["b"]).route
+    assert {model: route.leads_to(model) for model in "abcde"} == dict(
+        zip("abcde", (True, False, True, True, False), strict=True)
+    )
+
+
 def seen_of(answered: int = 0, failed: int = 0, seconds: float = 0.1, **counts: int) -> Observed:
     one = Observed(answered=answered, failed=failed, **counts)
     one.ttft[bin_of(seconds)] = max(answered, 1)
@@ -192,6 +202,10 @@ def test_windows_forget_and_marks_divide():
     window.mark(62.0)
     window.count("failed", 63.0)
     assert (window.since(600, 64.0).ended, window.since_mark(600, 64.0).ended) == (4, 1)
+    for now in range(100, 9_000):
+        window.mark(now)
+    assert window.since(600, 9_000.0).ended == 0
+    assert len(window._buckets) < 10, "a mark by itself takes no memory"
     window.count("failed", 10_000.0)
     assert (window.since(600, 10_000.0).ended, window.everything().ended) == (1, 5)
     assert quantile(window.everything().ttft, 0.5) == pytest.approx(0.2, rel=0.03)

@@ -87,7 +87,6 @@ class Window:
         """From here on `since_mark` counts."""
         with self._lock:
             self._marked = now
-            self._buckets.append((now, Observed()))
 
     def since(self, seconds: float, now: float) -> Observed:
         return self._sum(now - seconds)
@@ -113,7 +112,7 @@ class Window:
 
     def _both(self, now: float) -> tuple[Observed, Observed]:
         buckets = self._buckets
-        if not buckets or now - buckets[-1][0] >= _BUCKET:
+        if not buckets or now - buckets[-1][0] >= _BUCKET or buckets[-1][0] < self._marked:
             buckets.append((now, Observed()))
             while buckets[0][0] < now - WINDOW:
                 buckets.popleft()

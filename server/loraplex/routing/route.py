@@ -202,6 +202,12 @@ class Route:
         """The one with the largest share."""
         return max(zip(self.shares(now), self.targets, strict=True), key=lambda pair: pair[0])[1]
 
+    def leads_to(self, model: str) -> bool:
+        """Whether a weight, the ramp or a rule gives requests to `model`, now or later."""
+        by_weight = model in self.index and self.targets[self.index[model]].weight > 0
+        by_ramp = self.ramp is not None and self.ramp.target == model
+        return by_weight or by_ramp or any(rule.target == model for rule in self.rules)
+
     # -- changes ----------------------------------------------------------------------------------------------
 
     def ramping(self, ramp: Ramp) -> "Route":
