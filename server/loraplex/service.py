@@ -196,7 +196,11 @@ class Service:
         self._check_named_tokens(request.params)
         lifetime = AsyncExitStack()
         try:
-            held = await asyncio.to_thread(self.routes.hold, request.model, request.asked, lifetime)
+            # a shadow's model is no alias: should one have taken its name, it is missing, as a target would be
+            hold = partial(self.names.hold, request.model)
+            if not is_shadow:
+                hold = partial(self.routes.hold, request.model, request.asked)
+            held = await asyncio.to_thread(hold, lifetime)
             text = await self.texts.of(held.resolved.adapter, held.folder)
             ends = text.end_token_ids - self.info.config.eos_token_ids
             request = request.with_defaults(text.profile, self._defaults, ends)
