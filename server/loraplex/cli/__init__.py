@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from loraplex import __version__
-from loraplex.cli import adapters, arithmetic, bench, check, demo, routes, serve, store, taking, tiers
+from loraplex.cli import adapters, arithmetic, bench, check, compare, demo, routes, serve, store, taking, tiers
 from loraplex.errors import LoraplexError
 
 # No markup in help texts: it would swallow "[default: 8000]".
@@ -16,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("check")(check.check)
+app.command("compare")(compare.compare)
 app.command("push")(adapters.push)
 app.command("pull")(taking.pull)
 app.command("export")(store.export)
