@@ -7,6 +7,7 @@
     │   └── ContextLengthExceeded   prompt + max_tokens do not fit the model
     ├── ModelNotFound               no base, adapter, version or route of that name
     ├── RouteChanged                somebody changed the route since the caller looked at it
+    ├── RouteRefused                the route's gate, or what is going on with it, does not allow the change
     ├── AdapterError                about the files or the life of one adapter
     │   ├── AdapterInvalid          not a LoRA for this base, or not one we understand exactly
     │   ├── PickleRefused           weights in a format that can run code
@@ -66,6 +67,12 @@ class ModelNotFound(LoraplexError):
 
 class RouteChanged(LoraplexError):
     code = "route_changed"
+
+
+class RouteRefused(LoraplexError):
+    """The route's gate is closed to a target, or its evaluation set is being run already."""
+
+    code = "gate_closed"
 
 
 class AdapterError(LoraplexError):

@@ -30,6 +30,7 @@ _STATUS: dict[type[errors.LoraplexError], int] = {
     errors.InvalidRequest: 400,
     errors.ModelNotFound: 404,
     errors.RouteChanged: 412,
+    errors.RouteRefused: 409,
     errors.AdapterInvalid: 422,
     errors.PickleRefused: 415,
     errors.AdapterTooLarge: 413,

@@ -18,6 +18,9 @@ ROUTE_PROMOTE = "route_promote"
 ROUTE_ROLLBACK = "route_rollback"
 ROUTE_DELETE = "route_delete"
 
+EVALUATION_SET = "evaluation_set"
+EVALUATION_DELETE = "evaluation_delete"
+
 LOCAL = "local"
 """Somebody on a server that asks for no key."""
 OPERATOR = "operator"
@@ -31,7 +34,8 @@ class Event:
     """`id` grows with every change; `at` is what the clock said (UTC). `who` is LOCAL, OPERATOR, SERVER, or "key:" and
     the beginning of the SHA-256 of the caller's key. `detail` is a JSON object: the digest of the files, what the name
     meant before (`was`) and means since (`now`). Of a route `version` is the revision, `was` and `now` are documents
-    (None: there was none), and `reason` says why the server changed it."""
+    (None: there was none), and `reason` says why the server changed it; of an evaluation
+    set `version` is its own revision."""
 
     id: int
     at: datetime

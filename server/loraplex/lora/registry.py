@@ -21,6 +21,7 @@ from sqlalchemy import URL, ColumnElement, Connection, Select, case, func, inser
 from loraplex.errors import AdapterConflict, InvalidRequest, ModelNotFound
 from loraplex.lora.database import Database
 from loraplex.lora.digest import validate_digest
+from loraplex.lora.evaluation_book import EvaluationBook
 from loraplex.lora.event import DELETE, PUSH, QUARANTINE, ROLLBACK, Event
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.parents import Parents, check_parent, refuse_parents
@@ -60,6 +61,7 @@ class Registry:
         self._base = base_fingerprint
         self._step = step
         self.routes = RouteRevisions(self._database, step)
+        self.evaluations = EvaluationBook(self._database)
         self.pins = Pins(self._database, base_fingerprint)
         self.parents = Parents(self._database, base_fingerprint)
         self._is_mine = _IS_READY & (versions.c.base_fingerprint == base_fingerprint)

@@ -21,6 +21,9 @@ from loraplex.lora.version import READY
 from loraplex.routing.names import validate_name
 
 Document = Mapping[str, Any]
+Within = Callable[[Connection, Document | None, Document | None], None]
+"""What else belongs to a change of a route: called in its transaction with the documents before and after, when both
+are known. It may write, and what it raises undoes the change. Others who change the alias wait meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +92,13 @@ class RouteRevisions:
         action: str,
         expected: int | None = None,
         reason: Mapping[str, Any] | None = None,
+        within: Within = lambda connection, was, now: None,
     ) -> RouteRevision:
         """Make the document that `make` makes of the present one (None: there is none) the alias's next revision; a
         document that says the same makes none. `expected`: the revision that the caller has seen, 0 for none.
 
         Raises RouteChanged when another holds, AdapterConflict when the name is an adapter's, InvalidName, and what
-        `make` raises.
+        `make` and `within` raise.
         """
         validate_name(alias)
 
@@ -104,6 +108,7 @@ class RouteRevisions:
             was = None if current is None else current.document
             _expect(alias, current, expected)
             now = make(was)
+            within(connection, was, now)
             if now == was:
                 if current is None:
                     raise _not_found(alias)

@@ -10,6 +10,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     Table,
@@ -89,6 +90,52 @@ routes = Table(
     Column("document", JSON(none_as_null=True), nullable=True),
     Column("at", DateTime(timezone=True), nullable=False),
     Column("who", String(128), nullable=False),
+)
+
+# A row an alias that ever had an evaluation set; `revision` only grows, content NULL: it was deleted.
+evaluation_sets = Table(
+    "evaluation_sets",
+    metadata,
+    Column("alias", String(64), ForeignKey("adapters.name"), primary_key=True),
+    Column("revision", Integer, nullable=False),
+    Column("content", LargeBinary, nullable=True),
+    Column("digest", String(64), nullable=False),
+    Column("num_cases", Integer, nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("who", String(128), nullable=False),
+)
+
+# A row a run, the last ones of each alias. `seen_at`: when the process that runs it last said so.
+evaluation_runs = Table(
+    "evaluation_runs",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("alias", String(64), ForeignKey("adapters.name"), nullable=False),
+    Column("set_revision", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("targets", JSON, nullable=False),
+    Column("done", Integer, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("who", String(128), nullable=False),
+    Column("started_at", DateTime(timezone=True), nullable=False),
+    Column("seen_at", DateTime(timezone=True), nullable=False),
+    Column("ended_at", DateTime(timezone=True), nullable=True),
+    Column("report", JSON(none_as_null=True), nullable=True),
+    Index(None, "alias", "started_at"),
+)
+
+# What a target reached at last. `identity`: of its files and scales on a base; another one is another target.
+evaluation_results = Table(
+    "evaluation_results",
+    metadata,
+    Column("alias", String(64), ForeignKey("adapters.name"), primary_key=True),
+    Column("identity", String(64), primary_key=True),
+    Column("set_revision", Integer, nullable=False),
+    Column("model", String(1024), nullable=False),
+    Column("passed", Integer, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("run_id", String(32), nullable=False),
+    Column("at", DateTime(timezone=True), nullable=False),
 )
 
 # A row a wish that an adapter stay in RAM, on the servers of a base; version 0: whatever the name means.
