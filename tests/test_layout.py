@@ -38,6 +38,7 @@ FLOORS = {
     "model": 3,
     "ops": 2,
     "lora": 2,
+    "evaluation": 1,
     "routing": 1,
     "stopping": 1,
     "background": 1,

@@ -34,8 +34,8 @@ class Event:
     """`id` grows with every change; `at` is what the clock said (UTC). `who` is LOCAL, OPERATOR, SERVER, or "key:" and
     the beginning of the SHA-256 of the caller's key. `detail` is a JSON object: the digest of the files, what the name
     meant before (`was`) and means since (`now`). Of a route `version` is the revision, `was` and `now` are documents
-    (None: there was none), and `reason` says why the server changed it; of an evaluation
-    set `version` is its own revision."""
+    (None: there was none), and `reason` says why the server changed it; of an evaluation set `version` is its own
+    revision."""
 
     id: int
     at: datetime
