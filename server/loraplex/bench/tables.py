@@ -194,6 +194,23 @@ def eviction_table(result: Mapping[str, Any], name: str, title: str) -> Table:
     return table
 
 
+def routing_table(result: Mapping[str, Any]) -> Table:
+    """Of `RoutingBench.run`."""
+    settings = result["settings"]
+    table = Table("", "measured", title="routes")
+    for count, taken in result["decisions_us"].items():
+        for kind, microseconds in taken.items():
+            table.add_row(f"a decision among {count} targets, by {kind}", f"{microseconds:.1f} µs")
+    table.add_section()
+    table.add_row("which revision holds, asked of the registry", f"{result['revision_us']:.0f} µs")
+    for of, microseconds in result["judgements_us"].items():
+        table.add_row(f"a guard's look at {of}, after ten busy minutes", f"{microseconds:.0f} µs")
+    table.add_row("a change, until it is durable", f"{result['change_ms']:.1f} ms")
+    of = f"{settings['routes']} routes of {settings['targets']} targets"
+    table.add_row(f"loading {of}", f"{result['load_ms']:.0f} ms")
+    return table
+
+
 def tiers_table(result: Mapping[str, Any]) -> Table:
     """Of `TiersBench.run`."""
     settings, start, loads = result["settings"], result["start_seconds"], result["loads"]

@@ -223,6 +223,27 @@ def eviction(
     console.print(eviction_table(result, "byte_hit_rate", "bytes found in RAM"))
 
 
+@app.command("routing")
+def routing(
+    decisions: Annotated[int, typer.Option(help="Decisions of each kind.", min=1)] = 20_000,
+    routes: Annotated[int, typer.Option(help="Routes kept in the registry.", min=1)] = 1000,
+    targets: Annotated[int, typer.Option(help="Targets of each.", min=1, max=64)] = 10,
+    json_output: Json = False,
+) -> None:
+    """Decide, judge, change and load routes, over a registry of its own."""
+    prepare_process()
+    from loraplex.bench.routing import RoutingBench, RoutingSettings
+    from loraplex.bench.tables import routing_table
+
+    with _shown() as show:
+        show("routes")
+        result = RoutingBench(RoutingSettings(decisions=decisions, routes=routes, targets=targets)).run()
+    if json_output:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(routing_table(result))
+
+
 @app.command("bars")
 def bars(
     rounds: Annotated[int, typer.Option(help="Rounds of bench step.", min=1)] = 12,

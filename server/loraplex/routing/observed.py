@@ -52,13 +52,22 @@ class Observed:
     def error_rate(self) -> float:
         return (self.failed + self.unavailable) / self.ended if self.ended else 0.0
 
-    def add(self, other: "Observed") -> None:
-        for name in Observed.__dataclass_fields__:
-            value = getattr(other, name)
-            if isinstance(value, Counter):
-                getattr(self, name).update(value)
-            else:
-                setattr(self, name, getattr(self, name) + value)
+    def add(self, other: "Observed", with_times: bool = True) -> None:
+        """`with_times` False: the counts alone, at a tenth of the cost."""
+        self.drawn += other.drawn
+        self.ruled += other.ruled
+        self.answered += other.answered
+        self.failed += other.failed
+        self.non_finite += other.non_finite
+        self.aborted += other.aborted
+        self.unavailable += other.unavailable
+        self.over_limit += other.over_limit
+        self.dropped += other.dropped
+        if with_times:
+            self.ttft.update(other.ttft)
+            self.between.update(other.between)
+            self.ttft_seconds += other.ttft_seconds
+            self.between_seconds += other.between_seconds
 
 
 class Window:
@@ -91,16 +100,16 @@ class Window:
     def since(self, seconds: float, now: float) -> Observed:
         return self._sum(now - seconds)
 
-    def since_mark(self, seconds: float, now: float) -> Observed:
+    def since_mark(self, seconds: float, now: float, with_times: bool = True) -> Observed:
         """At most `seconds` back, and not beyond the mark."""
-        return self._sum(max(now - seconds, self._marked))
+        return self._sum(max(now - seconds, self._marked), with_times)
 
-    def _sum(self, start: float) -> Observed:
+    def _sum(self, start: float, with_times: bool = True) -> Observed:
         seen = Observed()
         with self._lock:
             for began, bucket in self._buckets:
                 if began >= start:
-                    seen.add(bucket)
+                    seen.add(bucket, with_times)
         return seen
 
     def everything(self) -> Observed:
