@@ -27,6 +27,7 @@ FLOORS = {
     "comparison": 4.88,
     "shadows": 4.88,
     "routes": 4.87,
+    "gating": 4.86,
     "resolution": 4.85,
     "catalog": 4.8,
     "proof_record": 4.7,

@@ -12,6 +12,7 @@ import loraplex.routes
 from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import AdapterQuarantined, Overloaded
+from loraplex.gating import Gating
 from loraplex.lora.event import ROUTE_ROLLBACK, SERVER
 from loraplex.lora.registry import Registry
 from loraplex.resolution import Held, Resolved
@@ -61,7 +62,9 @@ class Rig:
         self.clock, self.chance = 0.0, 0.0
         self.names = AllButBroken()
         self.registry = registry
-        self.routes = Routes(registry.routes, self.names, "base", lambda: self.clock, lambda: self.chance)  # type: ignore[arg-type]
+        gating = Gating(registry.evaluations, self.names, "base")  # type: ignore[arg-type]
+        clocks = (lambda: self.clock, lambda: self.chance)
+        self.routes = Routes(registry.routes, self.names, "base", gating, *clocks)  # type: ignore[arg-type]
 
     def put(self, **document: Any) -> None:
         self.routes.put("prod", {"targets": TWO, **document}, who="me")

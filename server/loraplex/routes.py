@@ -10,7 +10,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from loraplex.errors import (
     Overloaded,
 )
 from loraplex.flight import Flight
+from loraplex.gating import Gating
 from loraplex.lora.event import (
     ROUTE_DELETE,
     ROUTE_PROMOTE,
@@ -36,8 +37,9 @@ from loraplex.lora.event import (
     ROUTE_SET,
     SERVER,
 )
-from loraplex.lora.route_revisions import Document, RouteRevision, RouteRevisions
+from loraplex.lora.route_revisions import Document, RouteRevision, RouteRevisions, Within
 from loraplex.resolution import Held, Names
+from loraplex.routing.composition import parse_composition
 from loraplex.routing.document import JsonObject, document_of, ramp_of, route_of
 from loraplex.routing.guard import Verdict, judge
 from loraplex.routing.observed import Observed, Window
@@ -86,12 +88,14 @@ class Routes:
         book: RouteRevisions,
         names: Names,
         base_name: str,
+        gating: Gating,
         clock: Callable[[], float] = time.time,
         chance: Callable[[], float] = random.random,
     ):
         self._book = book
         self._names = names
         self._base_name = base_name
+        self._gating = gating
         self._clock = clock
         self._chance = chance
         self._lock = threading.Lock()  # over what follows
@@ -312,22 +316,46 @@ class Routes:
 
     def put(self, alias: str, document: Any, *, who: str, expected: int | None = None) -> Live:
         """Make `alias` mean what the document says. Raises InvalidRequest, also for what it names and is not there,
-        AdapterConflict for a name that is taken, RouteChanged."""
+        AdapterConflict for a name that is taken, RouteChanged, RouteRefused for what its gate does not let pass."""
         if alias == self._base_name:
             raise AdapterConflict(f"{alias!r} is the name of the base model; choose another alias.", param="alias")
         route = route_of(alias, document, self._clock())
         self._check_models(route.models)
+        if route.gate is not None:
+            self._check_versions(route)
         written = document_of(route)
-        return self._change(alias, lambda was: written, who, ROUTE_SET, expected)
+        models = [target.model for target in route.targets]
+        return self._change(alias, lambda was: written, who, ROUTE_SET, expected, self._gate(alias, models))
 
     def ramp(self, alias: str, document: Any, *, who: str, expected: int | None = None) -> Live:
-        """Start a ramp now, from its first step, instead of the one there is."""
+        """Start a ramp now, from its first step, instead of the one there is. Raises RouteRefused when the gate does
+        not let its target pass."""
         ramp = ramp_of(JsonObject(document, "ramp"), self._clock())
-        return self._edit(alias, lambda route: route.ramping(ramp), who, ROUTE_RAMP, expected)
+        gate = self._gate(alias, [ramp.target])
+        return self._edit(alias, lambda route: route.ramping(ramp), who, ROUTE_RAMP, expected, gate)
 
     def promote(self, alias: str, model: str, *, who: str, expected: int | None = None) -> Live:
-        """Send all to the target `model`, but what rules lead elsewhere."""
-        return self._edit(alias, lambda route: route.promoted(model), who, ROUTE_PROMOTE, expected)
+        """Send all to the target `model`, but what rules lead elsewhere. Raises RouteRefused when the gate does not
+        let it pass."""
+        gate = self._gate(alias, [model])
+        return self._edit(alias, lambda route: route.promoted(model), who, ROUTE_PROMOTE, expected, gate)
+
+    def settle(
+        self, alias: str, within: Within, *, has_passed: Callable[[str], bool], who: str, reason: Mapping[str, Any]
+    ) -> Live:
+        """`within` changes what targets have passed: a ramp under way to a target that has not `has_passed` it ends
+        where it stands, in the same transaction, if the route has a gate. Raises ModelNotFound."""
+
+        def make(was: Document | None) -> Document:
+            now = self._clock()
+            document = self._existing(alias, was)
+            route = route_of(alias, document, now)
+            ramp = route.ramp
+            if route.gate is None or ramp is None or ramp.step(now) == len(ramp.steps) - 1 or has_passed(ramp.target):
+                return document
+            return document_of(route.halted(now))
+
+        return self._adopt(self._book.change(alias, make, who=who, action=ROUTE_RAMP, reason=reason, within=within))
 
     def rollback(self, alias: str, to: int | None, *, who: str, expected: int | None = None) -> Live:
         """Make the revision before, or `to`, hold again, without the ramp it may have had."""
@@ -343,19 +371,31 @@ class Routes:
         def gone(was: Document | None) -> None:
             self._existing(alias, was)
 
-        deleted = self._book.change(alias, gone, who=who, action=ROUTE_DELETE, expected=expected)
+        within = self._gating.forgetting(alias, who)
+        deleted = self._book.change(alias, gone, who=who, action=ROUTE_DELETE, expected=expected, within=within)
         with self._lock:
             self._live.pop(alias, None)
             for key in [key for key in self._arms if key[0] == alias]:
                 del self._arms[key]
         return deleted
 
-    def _edit(self, alias: str, edit: Callable[[Route], Route], who: str, action: str, expected: int | None) -> Live:
+    def _edit(
+        self,
+        alias: str,
+        edit: Callable[[Route], Route],
+        who: str,
+        action: str,
+        expected: int | None,
+        within: Within,
+    ) -> Live:
         def make(was: Document | None) -> Document:
             route = route_of(alias, self._existing(alias, was), self._clock())
             return document_of(edit(route))
 
-        return self._change(alias, make, who, action, expected)
+        return self._change(alias, make, who, action, expected, within)
+
+    def _gate(self, alias: str, models: Sequence[str]) -> Within:
+        return self._gating.gate(alias, models, self._clock)
 
     def _change(
         self,
@@ -364,13 +404,27 @@ class Routes:
         who: str,
         action: str,
         expected: int | None,
+        within: Within,
     ) -> Live:
-        return self._adopt(self._book.change(alias, make, who=who, action=action, expected=expected))
+        return self._adopt(self._book.change(alias, make, who=who, action=action, expected=expected, within=within))
 
     def _existing(self, alias: str, document: Document | None) -> Document:
         if document is None:
             raise ModelNotFound(f"There is no route {alias[:64]!r}. GET /v1/routes lists those there are.")
         return document
+
+    def _check_versions(self, route: Route) -> None:
+        """What a name means can change without the route's doing, and nothing would have checked it."""
+        for target in route.targets:
+            for part in parse_composition(target.model):
+                if part.ref.version is None and part.ref.name != self._base_name:
+                    raise InvalidRequest(
+                        f"A route with a gate names its targets with their versions: write {part.ref.name}@1, or what "
+                        f"{part.ref.name!r} means now, instead of {target.model!r}. What a name means can change, and "
+                        "the gate would not see it.",
+                        param="gate",
+                        code="invalid_route",
+                    )
 
     def _check_models(self, models: Iterable[str]) -> None:
         """A model that is not there is a slip of the pen; one in quarantine may come back."""

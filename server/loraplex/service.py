@@ -33,6 +33,7 @@ from loraplex.errors import (
     StorageFull,
 )
 from loraplex.fetching import Fetching
+from loraplex.gating import Gating
 from loraplex.generation import Generation
 from loraplex.generation_request import GenerationRequest, Prompt
 from loraplex.lora.database import sqlite_url
@@ -83,7 +84,8 @@ class Service:
         self.catalog = catalog
         self.base_name = settings.base_name
         self.names = Names(catalog, settings.base_name, info.bytes_per_value)
-        self.routes = Routes(catalog.registry.routes, self.names, settings.base_name)
+        gating = Gating(catalog.registry.evaluations, self.names, info.fingerprint)
+        self.routes = Routes(catalog.registry.routes, self.names, settings.base_name, gating)
         self._shadows = Shadows(
             self.routes, partial(self._generate, is_shadow=True), lambda: not self.num_running and not self.is_draining
         )

@@ -137,6 +137,11 @@ class EvaluationBook:
         connection.execute(insert(events).values(**event, detail=seen))
         return None if content is None else StoredSet(alias=alias, **values)
 
+    def drop(self, connection: Connection, alias: str, who: str) -> None:
+        """Forget the set, if there is one."""
+        if _set_of(connection, alias) is not None:
+            self.write(connection, alias, None, 0, who)
+
     # -- runs -------------------------------------------------------------------------------------------------
 
     def begin(self, stored: StoredSet, targets: Sequence[str], total: int, who: str) -> StoredRun:

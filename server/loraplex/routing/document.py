@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplex.errors import InvalidRequest
-from loraplex.routing.route import Guard, Match, Ramp, Route, Rule, Shadow, Target
+from loraplex.routing.route import Gate, Guard, Match, Ramp, Route, Rule, Shadow, Target
 
 DEFAULT_STEPS = (1.0, 5.0, 25.0, 100.0)
 DEFAULT_EVERY = 600.0
@@ -27,6 +27,7 @@ def route_of(alias: str, document: Any, now: float) -> Route:
         shadow=tuple(map(_shadow, read.objects("shadow", shorthand="model"))),
         ramp=None if (ramp := read.object("ramp")) is None else ramp_of(ramp, now),
         guard=None if (guard := read.object("guard")) is None else _guard(guard),
+        gate=None if (gate := read.object("gate")) is None else _gate(gate),
     )
     read.end()
     return route
@@ -71,6 +72,7 @@ def document_of(route: Route) -> dict[str, Any]:
             "min_requests": guard.min_requests,
             "window": guard.window,
         },
+        "gate": None if route.gate is None else {"min_pass": route.gate.min_pass},
     }
 
 
@@ -107,6 +109,12 @@ def _guard(read: "JsonObject") -> Guard:
     )
     read.end()
     return guard
+
+
+def _gate(read: "JsonObject") -> Gate:
+    gate = Gate(read.number("min_pass", Gate().min_pass))
+    read.end()
+    return gate
 
 
 def _sticky(text: str) -> str:

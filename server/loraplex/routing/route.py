@@ -90,6 +90,14 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """What a target must have reached in the route's evaluation set before it gets a larger share. `min_pass`: of the
+    set's cases."""
+
+    min_pass: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """Raises InvalidRequest when its parts do not fit together.
 
@@ -106,6 +114,7 @@ class Route:
     shadow: tuple[Shadow, ...] = ()
     ramp: Ramp | None = None
     guard: Guard | None = None
+    gate: Gate | None = None
     index: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +134,7 @@ class Route:
             parse_composition(model)
         self._check_ramp()
         self._check_guard()
+        _require(self.gate is None or 0 <= self.gate.min_pass <= 1, "gate", "has a min_pass outside 0 to 1")
 
     def _check_targets(self) -> None:
         _require(1 <= len(self.targets) <= MAX_TARGETS, "targets", f"needs 1 to {MAX_TARGETS} models")
@@ -198,6 +208,14 @@ class Route:
             mine if target.model == self.ramp.target else (1 - mine) * target.weight / rest for target in self.targets
         )
 
+    def peak(self, model: str, now: float) -> float:
+        """The largest share that `model` has now or will have by the ramp; 0 for what is no target."""
+        if model not in self.index:
+            return 0.0
+        steps = range(0 if self.ramp is None else self.ramp.step(now), 1 if self.ramp is None else len(self.ramp.steps))
+        shares = [self.shares(now) if self.ramp is None else self.shares_at(step) for step in steps]
+        return max(of[self.index[model]] for of in shares)
+
     def main(self, now: float) -> Target:
         """The one with the largest share."""
         return max(zip(self.shares(now), self.targets, strict=True), key=lambda pair: pair[0])[1]
@@ -217,6 +235,12 @@ class Route:
         """Everything that no rule leads elsewhere goes to `model`."""
         self._require_target("target", model)
         targets = tuple(replace(target, weight=float(target.model == model)) for target in self.targets)
+        return replace(self, targets=targets, ramp=None)
+
+    def halted(self, now: float) -> "Route":
+        """The ramp ends where it stands: the shares that hold now are the weights."""
+        shares = zip(self.targets, self.shares(now), strict=True)
+        targets = tuple(replace(target, weight=round(100 * share, 6)) for target, share in shares)
         return replace(self, targets=targets, ramp=None)
 
     def without(self, model: str, instead: str) -> "Route":
