@@ -7,13 +7,16 @@ goes when the proof fails. Until the last step the name means what it meant.
 """
 
 import asyncio
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from loraplex.background import Background
 from loraplex.catalog import AdapterCatalog, Catalogued, Prepared
 from loraplex.engine.async_engine import EngineClient
+from loraplex.engine.durations import Durations
 from loraplex.engine.messages import AdapterUse
 from loraplex.engine.proof_result import ProofResult
 from loraplex.errors import AdapterLoadFailed, AdapterTooLarge
@@ -22,6 +25,9 @@ from loraplex.lora.event import OPERATOR
 from loraplex.lora.staging import Staging
 from loraplex.proof_record import proof_record
 from loraplex.text.adapter_texts import AdapterTexts
+
+PHASES = ("receive", "check", "prove", "publish")
+"""Of an upload: its body to durable files in staging, those to a blob, the proof, the entry in the registry."""
 
 
 class Acceptance:
@@ -34,16 +40,24 @@ class Acceptance:
         self._engine = engine
         self._proof_timeout = proof_timeout
         self._accepting = asyncio.Semaphore(2)
+        self.seconds = {phase: Durations() for phase in PHASES}  # of what went well
 
     def close(self) -> None:
         self.background.close()
+
+    @contextmanager
+    def timing(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase].observe(time.perf_counter() - started)
 
     async def upload(self, name: str, staging: Staging, who: str, source: str = "upload") -> Catalogued:
         """Make staged files what `name` means. `source`: where they came from, for users. Raises AdapterError and kin;
         then nothing is kept."""
         async with self._accepting:
-            brought = await self._texts.inspect(staging.folder)
-            prepared = await self.background.run(self._catalog.prepare, name, staging, brought)
+            with self.timing("check"):
+                brought = await self._texts.inspect(staging.folder)
+                prepared = await self.background.run(self._catalog.prepare, name, staging, brought)
             return await self._publish(prepared, staging, source, who)
 
     async def folder(self, name: str, folder: Path) -> Catalogued:
@@ -60,11 +74,13 @@ class Acceptance:
 
     async def _publish(self, prepared: Prepared, staging: Staging, source: str, who: str) -> Catalogued:
         try:
-            proof = await self._prove(prepared)
+            with self.timing("prove"):
+                proof = await self._prove(prepared)
         except BaseException:
             await asyncio.to_thread(self._catalog.withdraw, staging)
             raise
-        return await asyncio.to_thread(self._catalog.publish, prepared, proof, source, who)
+        with self.timing("publish"):
+            return await asyncio.to_thread(self._catalog.publish, prepared, proof, source, who)
 
     async def _prove(self, prepared: Prepared) -> dict[str, Any] | None:
         """The record of the proof, of an earlier one if there is one of the same files on this base."""

@@ -13,8 +13,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NICENESS = 10
-"""Of the threads, as the system's scheduler counts it. On two cores, one of them the engine's, a check at the usual
-priority doubled the time of the engine's steps; at this one it adds a fifth."""
+"""Of the threads beyond the process's, as the system's scheduler counts it. On two cores, one of them the engine's, a
+check at the usual priority doubled the time of the engine's steps; at this one it adds a fifth."""
 
 
 class Background:
@@ -36,4 +36,4 @@ def _give_way() -> None:
     """Lower the calling thread's priority. Linux gives each thread one of its own; elsewhere it stays."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)

@@ -95,8 +95,8 @@ class Service:
         self.num_running = 0
         self._blaming: set[asyncio.Future[str]] = set()
         proof_timeout = settings.proof_timeout if settings.proof == "on" else None
-        self._acceptance = Acceptance(catalog, texts, engine, proof_timeout)
-        self.background = self._acceptance.background
+        self.acceptance = Acceptance(catalog, texts, engine, proof_timeout)
+        self.background = self.acceptance.background
         self.merging = Merging(catalog, engine, settings.merge, info.bytes_per_value)
         self.fetching = Fetching(
             catalog,
@@ -142,7 +142,7 @@ class Service:
             texts = AdapterTexts(tokenizer, info.vocab_size)
             stack.push_async_callback(texts.close)
             service = cls(settings, tokenizer, engine, info, catalog, texts, defaults)
-            stack.callback(service._acceptance.close)
+            stack.callback(service.acceptance.close)
             stack.callback(service.fetching.close)
             refused = await service._watch_folders(stack)
             await service._register_folders(refused)
@@ -166,7 +166,7 @@ class Service:
             if name in refused and folder.parent == self.settings.adapters:
                 continue
             try:
-                added = await self._acceptance.folder(name, folder)
+                added = await self.acceptance.folder(name, folder)
             except LoraplexError as error:
                 raise StartupError(f"The adapter {name!r} in {folder} cannot be served: {error.message}") from error
             if added.created:
@@ -350,7 +350,7 @@ class Service:
 
     async def accept_upload(self, name: str, staging: Staging, who: str, source: str = "upload") -> Catalogued:
         """Make staged files what `name` means; that is durable and can be used when this returns."""
-        accepted = await self._acceptance.upload(name, staging, who, source)
+        accepted = await self.acceptance.upload(name, staging, who, source)
         self.tiers.wake()
         return accepted
 

@@ -62,25 +62,36 @@ async def _upload(request: Request, service: Service) -> Catalogued:
     with service.catalog.store.stage() as staging:
         body = AdapterUpload(staging, boundary, service.catalog.check_name)
         try:
-            await _receive(request, body, service)
-            name = body.finish()
+            with service.acceptance.timing("receive"):
+                await _receive(request, body, service)
+                name = body.finish()
         finally:
             body.close()
         return await service.accept_upload(name, staging, caller_of(request))
 
 
 async def _receive(request: Request, body: AdapterUpload, service: Service) -> None:
-    """Feed the body to the staging in pieces worth a trip to a background thread."""
+    """Feed the body to the staging in pieces worth a trip to a background thread: one is taken in there while the next
+    comes from the socket."""
     pending: list[bytes] = []
     size = 0
-    async for chunk in request.stream():
-        pending.append(chunk)
-        size += len(chunk)
-        if size >= _BATCH_BYTES:
+    feeding: asyncio.Future[None] | None = None
+    try:
+        async for chunk in request.stream():
+            pending.append(chunk)
+            size += len(chunk)
+            if size >= _BATCH_BYTES:
+                if feeding is not None:
+                    await feeding
+                feeding = asyncio.ensure_future(service.background.run(body.feed, b"".join(pending)))
+                pending, size = [], 0
+        if feeding is not None:
+            await feeding
+        if pending:
             await service.background.run(body.feed, b"".join(pending))
-            pending, size = [], 0
-    if pending:
-        await service.background.run(body.feed, b"".join(pending))
+    finally:
+        if feeding is not None:
+            await asyncio.wait([feeding])  # what a thread is writing cannot be taken back
 
 
 @router.get("")

@@ -6,7 +6,7 @@ Gauges and counters of the engine come from one snapshot a scrape. `vllm:lora_re
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from loraplex import __version__
 from loraplex.api.route_metrics import route_families
-from loraplex.engine.durations import BOUNDS
+from loraplex.engine.durations import BOUNDS, DurationCounts
 from loraplex.engine.engine import EngineStats
 from loraplex.engine.messages import FinishReason
 from loraplex.errors import NotReady
@@ -93,6 +93,11 @@ class Metrics:
         info.add_metric((__version__,), 1)
         yield info
         yield from route_families(self._service.routes)
+        yield _by_phase(
+            "loraplex_upload_seconds",
+            "An upload's way: its body to synced files, checked, proven, entered in the registry",
+            {phase: durations.counts for phase, durations in self._service.acceptance.seconds.items()},
+        )
         stats = self._snapshot
         if stats is None:
             return
@@ -129,16 +134,11 @@ class Metrics:
         merged = GaugeMetricFamily("loraplex_merged_bytes", "Bytes of merged weights")
         merged.add_metric((), sum(one.nbytes for one in stats.merges if one.state == "ready"))
         yield merged
-        loads = HistogramMetricFamily(
+        yield _by_phase(
             "loraplex_adapter_load_seconds",
             "An adapter's way: its files read and verified, converted, put into its place",
-            labels=("phase",),
+            stats.load_seconds,
         )
-        for phase, durations in stats.load_seconds.items():
-            bounds = [*map(str, BOUNDS), "+Inf"]
-            buckets = list(zip(bounds, accumulate(durations.counts), strict=True))
-            loads.add_metric((phase,), buckets, durations.seconds)
-        yield loads
         config = self._service.info.config
         names = self._names_by_digest()
         info = GaugeMetricFamily(
@@ -157,3 +157,12 @@ class Metrics:
         for version in self._service.catalog.page():
             names.setdefault(version.digest, []).append(version.name)
         return names
+
+
+def _by_phase(name: str, text: str, phases: Mapping[str, DurationCounts]) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, text, labels=("phase",))
+    for phase, durations in phases.items():
+        bounds = [*map(str, BOUNDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(durations.counts), strict=True))
+        family.add_metric((phase,), buckets, durations.seconds)
+    return family

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -192,6 +192,40 @@ def tiers(
         typer.echo(json.dumps(result, indent=2))
     else:
         Console().print(tiers_table(result))
+
+
+@app.command("upload")
+def upload(
+    megabytes: Annotated[float, typer.Option(help="Of the uploaded adapter, about.", min=0.01)] = 100.0,
+    streams: Annotated[int, typer.Option(help="Streams beside the uploads.", min=1)] = 8,
+    idle: Annotated[int, typer.Option(help="Uploads to an idle server first.", min=1)] = 5,
+    rounds: Annotated[int, typer.Option(help="Of streams alone, then beside uploads.", min=1)] = 4,
+    seconds: Annotated[float, typer.Option(help="Of each half of a round.", min=0.1)] = 12.0,
+    threads: Annotated[int, typer.Option(help="Compute threads.", min=1)] = 1,
+    proof: Annotated[Literal["on", "off"], typer.Option(help="As for serve.")] = "on",
+    json_output: Json = False,
+) -> None:
+    """How fast a server of its own takes an upload, beside the disk's own speed, and what that costs its streams."""
+    prepare_process()
+    from loraplex.bench.tables import upload_table
+    from loraplex.bench.upload import UploadBench, UploadSettings
+
+    settings = UploadSettings(
+        megabytes=megabytes,
+        streams=streams,
+        idle=idle,
+        rounds=rounds,
+        seconds=seconds,
+        threads=threads,
+        proof=proof,
+    )
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        result = UploadBench(settings, lambda text: progress.update(task, description=text)).run()
+    if json_output:
+        typer.echo(json.dumps(result, indent=2))
+    else:
+        Console().print(upload_table(result))
 
 
 @app.command("eviction")

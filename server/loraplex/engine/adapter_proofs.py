@@ -1,7 +1,8 @@
 """AdapterProofs: the proofs that wait and the one under way: the engine's work of lowest priority.
 
-A proof takes of the RAM tier what nobody needs, and the time between steps: of each step's time a share, a slice at a
-time, and all of it while nothing else runs. One at a time, in the order they came.
+A proof takes of the RAM tier what nobody needs, and the time between steps: of each step's time a share, in slices
+that fit into it (what a longer one needs is saved up), and all of it while nothing else runs. One at a time, in the
+order they came.
 """
 
 import time
@@ -46,7 +47,8 @@ class AdapterProofs:
         self._scheduler = scheduler
         self._probe = Probe(runner)
         self._jobs: deque[_Job] = deque()
-        self._credit = 0.0  # seconds a proof may take beside steps; negative after a long slice
+        self._credit = 0.0  # seconds a proof may take beside steps, saved for one slice; negative after a long one
+        self._slice = 0.0  # seconds that the next slice may take, by the last ones
         self.is_waiting = False  # for a load or for room in RAM: nothing to do before a message comes
         self.last_error: str | None = None  # the traceback of a proof that broke
 
@@ -77,18 +79,21 @@ class AdapterProofs:
         if not self._jobs:
             return answers
         if step_seconds is None:
-            budget = IDLE_SECONDS
+            budget, reserve = IDLE_SECONDS, 0.0
         else:
-            self._credit = min(self._credit, 0.0) + BUSY_SHARE * step_seconds
-            budget = self._credit
+            share = BUSY_SHARE * step_seconds
+            budget, reserve = min(self._credit + share, max(share, self._slice)), self._slice
         started = time.perf_counter()
-        while self._jobs and time.perf_counter() - started < budget and not self.is_waiting:
+        spent = 0.0
+        while self._jobs and spent + reserve <= budget and not self.is_waiting:
             job = self._jobs[0]
             result = self._advance(job)
             if result is not None:
                 self._jobs.popleft()
                 answers.append(CommandResult(job.command_id, result))
-        self._credit = budget - (time.perf_counter() - started) if step_seconds is not None else 0.0
+            before, spent = spent, time.perf_counter() - started
+            self._slice = max(spent - before, 0.9 * self._slice)
+        self._credit = budget - spent if step_seconds is not None else 0.0
         return answers
 
     def _advance(self, job: _Job) -> ProofResult | None:

@@ -1,0 +1,293 @@
+"""UploadBench: what an upload costs, and what it costs the streams beside it.
+
+A server of this installation with a random base; streams of adapters over HTTP, in turns with uploads of a large
+adapter beside them and without. The disk's own speed is taken in the same run, on the same file system, with the same
+bytes: written in pieces of 1 MiB and synced. The uploads come from this process, from a thread that only sends.
+"""
+
+import asyncio
+import http.client
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from loraplex.bench.arrivals import ClosedLoop
+from loraplex.bench.load import LoadResult
+from loraplex.bench.machine import MachineLimits, measure_limits
+from loraplex.bench.own_server import OwnServer
+from loraplex.bench.popularity import Popularity
+from loraplex.bench.preparation import BaseShape
+from loraplex.bench.random_model import save_random_adapter, save_random_base
+from loraplex.bench.serve import ServeBench, ServeSettings
+from loraplex.bench.server import BenchFailed, describe_refusal
+
+PHASES = ("receive", "check", "prove", "publish")
+MAX_MODEL_LEN = 512
+_PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadSettings:
+    """megabytes   of the uploaded adapter, 10^6 bytes, about: its rank is a whole number
+    idle           uploads to an idle server
+    rounds         of streams alone and streams with uploads beside them, in turns
+    seconds        of each half of a round
+    proof          as `serve` takes it
+    shape          changes to the model's config
+    """
+
+    megabytes: float = 100.0
+    streams: int = 8
+    idle: int = 5
+    rounds: int = 4
+    seconds: float = 12.0
+    threads: int = 1
+    proof: str = "on"
+    shape: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class UploadTime:
+    """Seconds as the client sees them: until all was sent, and until the 201."""
+
+    sent: float
+    accepted: float
+
+
+class UploadBody:
+    """The form of an upload of `folder`; every one that is made has other weights."""
+
+    def __init__(self, folder: Path):
+        config, weights = ((folder / f"adapter_{name}").read_bytes() for name in ("config.json", "model.safetensors"))
+        head = self._part("config", "adapter_config.json") + config + b"\r\n"
+        head += self._part("weights", "adapter_model.safetensors")
+        self._parts = head, bytearray(weights), b"\r\n--bench--\r\n"
+        self.num_bytes = len(weights)
+
+    @staticmethod
+    def _part(name: str, file: str) -> bytes:
+        kind = "Content-Type: application/octet-stream"
+        disposition = f'Content-Disposition: form-data; name="{name}"; filename="{file}"'
+        return f"--bench\r\n{disposition}\r\n{kind}\r\n\r\n".encode()
+
+    def make(self, number: int) -> bytes:
+        """With the last value of the file, a bfloat16, at number/256 of an ordinary one."""
+        head, weights, end = self._parts
+        weights[-2:] = (0x3C00 + number % 256).to_bytes(2, "little")
+        name = f'--bench\r\nContent-Disposition: form-data; name="name"\r\n\r\nupload-{number}\r\n'.encode()
+        return b"".join((name, head, weights, end))
+
+
+class UploadBench:
+    def __init__(
+        self,
+        settings: UploadSettings,
+        show: Callable[[str], object] = lambda _: None,
+        limits: MachineLimits | None = None,
+    ):
+        """`show` is told what is being done. `limits` None: measured here."""
+        self._settings = settings
+        self._show = show
+        self._limits = limits
+        self._count = 0
+
+    def run(self) -> dict[str, Any]:
+        """{"settings", "rank", "bytes", "disk_mb_s", "idle", "beside", "gaps_ms"}; of uploads the medians."""
+        settings = self._settings
+        if self._limits is None:
+            self._limits = measure_limits(torch.device("cpu"), settings.threads, (torch.bfloat16,))
+        with tempfile.TemporaryDirectory(prefix="loraplex-upload-") as name:
+            folder = Path(name)
+            self._show("write a random model and adapter")
+            base = save_random_base(folder / "base", **settings.shape)
+            shape = BaseShape.read(base)
+            values = shape.cost(torch.bfloat16).adapter_numel(1)
+            rank = max(1, round(settings.megabytes * 1e6 / (2 * values)))
+            save_random_adapter(shape.targets.values(), rank, 0, torch.bfloat16, folder / "adapter")
+            body = UploadBody(folder / "adapter")
+            with OwnServer(self._arguments(base, folder, rank), folder) as server:
+                self._stream(server, base, seconds=None)
+                self._upload(server, body)  # whatever is done once is done
+                idle, disk = self._idle(server, body, folder)
+                quiet, busy, beside = self._rounds(server, base, body)
+        return {
+            "settings": asdict(settings) | {"shape": dict(settings.shape)},
+            "rank": rank,
+            "bytes": body.num_bytes,
+            "disk_mb_s": disk,
+            "idle": idle,
+            "beside": beside,
+            "gaps_ms": {"alone": _spread(quiet), "beside": _spread(busy)},
+        }
+
+    def _arguments(self, base: Path, folder: Path, rank: int) -> list[str]:
+        settings = self._settings
+        sizes = ["--threads", str(settings.threads), "--max-model-len", str(MAX_MODEL_LEN)]
+        limits = ["--max-lora-rank", str(max(64, rank)), "--adapter-cache-bytes", "4GiB", "--proof", settings.proof]
+        return [str(base), "--data-dir", str(folder / "data"), "--device", "cpu", *sizes, *limits]
+
+    # -- uploads ----------------------------------------------------------------------------------------------
+
+    def _idle(self, server: OwnServer, body: UploadBody, folder: Path) -> tuple[dict[str, Any], float]:
+        """Uploads to a server that does nothing else, the disk's speed between them."""
+        before, times, disk = _phases(server), [], []
+        for turn in range(self._settings.idle):
+            self._show(f"upload to the idle server, {turn + 1} of {self._settings.idle}")
+            disk.append(_write_seconds(folder / "disk", body.make(0)))
+            times.append(self._upload(server, body))
+        megabytes = body.num_bytes / 1e6
+        return _summary(times, before, _phases(server), megabytes), megabytes / statistics.median(disk)
+
+    def _rounds(self, server: OwnServer, base: Path, body: UploadBody) -> tuple[list[float], list[float], Any]:
+        """The streams' gaps without and with uploads, in seconds, and the uploads."""
+        settings = self._settings
+        quiet: list[float] = []
+        busy: list[float] = []
+        times: list[UploadTime] = []
+        before = _phases(server)
+        for turn in range(settings.rounds):
+            self._show(f"streams alone, {turn + 1} of {settings.rounds}")
+            quiet += _gaps(self._stream(server, base, settings.seconds))
+            self._show(f"streams beside uploads, {turn + 1} of {settings.rounds}")
+            with _Uploads(lambda: self._upload(server, body)) as uploads:
+                busy += _gaps(self._stream(server, base, settings.seconds))
+            times += uploads.times
+        return quiet, busy, _summary(times, before, _phases(server), body.num_bytes / 1e6)
+
+    def _upload(self, server: OwnServer, body: UploadBody) -> UploadTime:
+        """Raises BenchFailed with the server's words."""
+        self._count += 1
+        data = body.make(self._count)
+        host, port = server.url.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=600.0)
+        try:
+            started = time.perf_counter()
+            headers = {"Content-Type": "multipart/form-data; boundary=bench"}
+            connection.request("POST", "/v1/adapters", data, headers)
+            sent = time.perf_counter() - started
+            reply = connection.getresponse()
+            content = reply.read()
+            accepted = time.perf_counter() - started
+        except OSError as error:
+            raise BenchFailed(f"An upload broke off: {error}.") from error
+        finally:
+            connection.close()
+        if reply.status != 201:
+            raise BenchFailed(f"An upload was answered with {describe_refusal(reply.status, content)}.")
+        return UploadTime(sent, accepted)
+
+    # -- streams ----------------------------------------------------------------------------------------------
+
+    def _stream(self, server: OwnServer, base: Path, seconds: float | None) -> LoadResult:
+        """So many streams for `seconds` (None: one each), every one an adapter's."""
+        count = self._settings.streams
+        mix: dict[str, Any] = {
+            "prepare": count,
+            "popularity": Popularity("distinct"),
+            "arrivals": ClosedLoop(count),
+            "base": base,
+        }
+        size: dict[str, Any] = {"prompt_tokens": 16, "output_tokens": 128, "limits": self._limits}
+        end: dict[str, Any] = {"requests": count} if seconds is None else {"seconds": seconds, "warm_up": 0}
+        run = asyncio.run(ServeBench(ServeSettings(url=server.url, **mix, **size, **end)).run())
+        if not run.is_good:
+            requests = run.report["requests"]
+            raise BenchFailed(f"{requests['failed']} of {requests['sent']} requests failed: {requests['errors']}.")
+        return run.result
+
+
+class _Uploads:
+    """One upload after the other in a thread, until the block ends; the last is waited for."""
+
+    def __init__(self, upload: Callable[[], UploadTime]):
+        self.times: list[UploadTime] = []
+        self._upload = upload
+        self._over = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="uploads")
+
+    def _run(self) -> None:
+        try:
+            while not self._over.is_set():
+                self.times.append(self._upload())
+        except Exception as error:
+            self._error = error
+
+    def __enter__(self) -> "_Uploads":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _write_seconds(path: Path, data: bytes) -> float:
+    """To write `data` into a new file and sync it."""
+    view = memoryview(data)
+    started = time.perf_counter()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        for start in range(0, len(view), _PIECE):
+            os.write(fd, view[start : start + _PIECE])
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def _phases(server: OwnServer) -> dict[str, tuple[float, float]]:
+    """phase of an upload -> how many, and seconds of all together, so far."""
+    found = {phase: [0.0, 0.0] for phase in PHASES}
+    text = httpx2.get(server.url + "/metrics", timeout=60.0, trust_env=False).text
+    for family in text_string_to_metric_families(text):
+        if family.name == "loraplex_upload_seconds":
+            for sample in family.samples:
+                if sample.name.endswith(("_count", "_sum")):
+                    found[sample.labels["phase"]][sample.name.endswith("_sum")] = sample.value
+    return {phase: (count, seconds) for phase, (count, seconds) in found.items()}
+
+
+def _summary(
+    times: list[UploadTime],
+    before: Mapping[str, tuple[float, float]],
+    after: Mapping[str, tuple[float, float]],
+    megabytes: float,
+) -> dict[str, Any]:
+    phases = {}
+    for phase in PHASES:
+        count, seconds = (late - early for late, early in zip(after[phase], before[phase], strict=True))
+        phases[phase] = seconds / max(1.0, count)
+    accepted = statistics.median(one.accepted for one in times)
+    return {
+        "uploads": len(times),
+        "seconds": accepted,
+        "sent_seconds": statistics.median(one.sent for one in times),
+        "phase_seconds": phases,
+        "mb_s": megabytes / accepted,
+        "receive_mb_s": megabytes / phases["receive"] if phases["receive"] else 0.0,
+    }
+
+
+def _gaps(result: LoadResult) -> list[float]:
+    return [gap for outcome in result.good for gap in outcome.gaps]
+
+
+def _spread(gaps: list[float]) -> dict[str, float]:
+    """Milliseconds."""
+    cuts = statistics.quantiles(gaps, n=100, method="inclusive")
+    return {"p50": cuts[49] * 1e3, "p99": cuts[98] * 1e3, "max": max(gaps) * 1e3, "count": len(gaps)}
