@@ -23,6 +23,7 @@ from loraplex.errors import AdapterLoadFailed, AdapterTooLarge
 from loraplex.generation import as_error
 from loraplex.lora.event import OPERATOR
 from loraplex.lora.staging import Staging
+from loraplex.path_proof import PathProof
 from loraplex.proof_record import proof_record
 from loraplex.text.adapter_texts import AdapterTexts
 
@@ -31,14 +32,22 @@ PHASES = ("receive", "check", "prove", "publish")
 
 
 class Acceptance:
-    """`proof_timeout`: seconds for one proof; None: nothing is proven. Closed by `close`."""
+    """`vocab_size`: of the base. `proof_timeout`: seconds for one proof; None: nothing is proven. Closed by `close`."""
 
-    def __init__(self, catalog: AdapterCatalog, texts: AdapterTexts, engine: EngineClient, proof_timeout: float | None):
+    def __init__(
+        self,
+        catalog: AdapterCatalog,
+        texts: AdapterTexts,
+        engine: EngineClient,
+        vocab_size: int,
+        proof_timeout: float | None,
+    ):
         self.background = Background(2)
         self._catalog = catalog
         self._texts = texts
         self._engine = engine
         self._proof_timeout = proof_timeout
+        self._path_proof = None if proof_timeout is None else PathProof(catalog, engine, vocab_size, proof_timeout)
         self._accepting = asyncio.Semaphore(2)
         self.seconds = {phase: Durations() for phase in PHASES}  # of what went well
 
@@ -51,13 +60,15 @@ class Acceptance:
         yield
         self.seconds[phase].observe(time.perf_counter() - started)
 
-    async def upload(self, name: str, staging: Staging, who: str, source: str = "upload") -> Catalogued:
-        """Make staged files what `name` means. `source`: where they came from, for users. Raises AdapterError and kin;
-        then nothing is kept."""
+    async def upload(
+        self, name: str, staging: Staging, who: str, source: str = "upload", parent: str | None = None
+    ) -> Catalogued:
+        """Make staged files what `name` means, on top of what `parent` means. `source`: where they came from, for
+        users. Raises AdapterError and kin; then nothing is kept."""
         async with self._accepting:
             with self.timing("check"):
                 brought = await self._texts.inspect(staging.folder)
-                prepared = await self.background.run(self._catalog.prepare, name, staging, brought)
+                prepared = await self.background.run(self._catalog.prepare, name, staging, brought, parent)
             return await self._publish(prepared, staging, source, who)
 
     async def folder(self, name: str, folder: Path) -> Catalogued:
@@ -66,7 +77,7 @@ class Acceptance:
         with ExitStack() as stack:
             held = self._catalog.store.import_folder(folder, brought.unneeded)
             staging = await asyncio.to_thread(stack.enter_context, held)
-            known = await asyncio.to_thread(self._catalog.known, name, staging.digest)
+            known = await asyncio.to_thread(self._catalog.known, name, staging.digest, brought.parent)
             if known is not None:
                 return Catalogued(known, False, known)
             prepared = await asyncio.to_thread(self._catalog.prepare, name, staging, brought)
@@ -76,6 +87,8 @@ class Acceptance:
         try:
             with self.timing("prove"):
                 proof = await self._prove(prepared)
+                if proof is not None and prepared.path and self._path_proof is not None:
+                    proof["path"] = await self._path_proof.run(prepared)
         except BaseException:
             await asyncio.to_thread(self._catalog.withdraw, staging)
             raise

@@ -15,7 +15,8 @@ from typing import Any
 from sqlalchemy import URL
 
 from loraplex.engine.build import EngineInfo
-from loraplex.errors import AdapterConflict, AdapterTooLarge
+from loraplex.errors import AdapterConflict, AdapterQuarantined, AdapterTooLarge
+from loraplex.lineage import Lineage
 from loraplex.lora.event import SERVER, Event
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.reader import AdapterReader, Checked
@@ -23,20 +24,21 @@ from loraplex.lora.registry import Change, Registry
 from loraplex.lora.report import AdapterReport, BaseFacts, report_on
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
-from loraplex.lora.version import READY, Version
+from loraplex.lora.version import QUARANTINED, READY, Version
 from loraplex.proof_record import is_proof_for
-from loraplex.routing.names import validate_name
+from loraplex.routing.names import ModelRef, validate_name
 from loraplex.text.adapter_text import Brought
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checked adapter whose files are a blob; no version names it yet."""
+    """A checked adapter whose files are a blob; no version names it yet. `path`: what it stands on, the root first."""
 
     name: str
     digest: str
     facts: AdapterFacts
     report: AdapterReport
+    path: tuple[Version, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,17 @@ class Catalogued:
 
 
 class AdapterCatalog:
-    """`reader` is the engine's own: it compares with the base's weights. Raises StartupError when the registry cannot
-    be opened, or is not that of the store's blobs."""
+    """`reader` is the engine's own: it compares with the base's weights. `max_depth`: see `Lineage`. Raises
+    StartupError when the registry cannot be opened, or is not that of the store's blobs."""
 
     def __init__(
-        self, store: AdapterStore, registry_url: str | URL, info: EngineInfo, reader: AdapterReader, base_name: str
+        self,
+        store: AdapterStore,
+        registry_url: str | URL,
+        info: EngineInfo,
+        reader: AdapterReader,
+        base_name: str,
+        max_depth: int = 4,
     ):
         self.store = store
         self.registry = Registry(registry_url, info.fingerprint)
@@ -64,9 +72,15 @@ class AdapterCatalog:
         except BaseException:
             self.registry.close()
             raise
+        self.lineage = Lineage(self.registry, info, base_name, max_depth)
         self._info = info
         self._base_name = base_name
         self._reader = reader
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Of the dtype that is computed in."""
+        return self._info.bytes_per_value
 
     def close(self) -> None:
         self.registry.close()
@@ -88,18 +102,23 @@ class AdapterCatalog:
         self.registry.routes.refuse_alias(name)
         return name
 
-    def prepare(self, name: str, staging: Staging, brought: Brought) -> Prepared:
+    def prepare(self, name: str, staging: Staging, brought: Brought, parent: str | None = None) -> Prepared:
         """Check staged files and make them a blob, durably, which `staging` holds until it ends. `brought`: what their
-        text side says. Raises AdapterError and kin; then nothing is kept."""
+        text side says; `parent`: what they stand on, if it does not. Raises AdapterError and kin; then nothing is
+        kept."""
         self.check_name(name)
+        parent = brought.parent if parent is None else parent
+        path = () if parent is None else self.lineage.choose(name, parent)
         staging.leave_out(brought.unneeded)
         checked = self._reader.check(staging.folder, staging.digest)
         self._check_size(checked)
+        self.lineage.check_sum(path, checked.weights)
         brought.check_rows(checked.plan.trained_tokens)
         profile = None if brought.profile is None else brought.profile.shown()
         report = self._report(checked, brought.notes)
         digest = self.store.commit(staging)
-        return Prepared(name, digest, replace(checked.facts, text_files=staging.text_files, profile=profile), report)
+        facts = replace(checked.facts, text_files=staging.text_files, profile=profile)
+        return Prepared(name, digest, facts, report, path)
 
     def publish(self, prepared: Prepared, proof: dict[str, Any] | None, source: str, who: str) -> Catalogued:
         """Make a prepared adapter what its name means, durably. `proof`: its record; None: it was not asked for."""
@@ -111,6 +130,7 @@ class AdapterCatalog:
             who=who,
             report=prepared.report.to_json(),
             proof=proof,
+            parent=prepared.path[-1].ref if prepared.path else None,
         )
         return Catalogued(change.version, change.is_new, change.previous, prepared.report)
 
@@ -119,17 +139,21 @@ class AdapterCatalog:
         self.store.let_go(staging)
         self.sweep()
 
-    def known(self, name: str, digest: str) -> Version | None:
-        """The version of `name` on this base that is made of these files. A restart must not put a folder's files
-        back above a version that was uploaded since."""
+    def known(self, name: str, digest: str, parent: str | None = None) -> Version | None:
+        """The version of `name` on this base that is made of these files and stands on a version that `parent` means or
+        meant. A restart must not put a folder's files back above a version that was uploaded since."""
         self.check_name(name)
-        return next((v for v in self.registry.versions(name) if v.digest == digest and self.is_mine(v)), None)
+        ref = None if parent is None else self.lineage.read(parent)
+        wanted = None if ref == ModelRef(self._base_name) else ref
+        found = (v for v in self.registry.versions(name) if v.digest == digest and self.is_mine(v))
+        return next((v for v in found if v.parent == wanted or (v.parent and ModelRef(v.parent.name) == wanted)), None)
 
     def proof_of(self, digest: str) -> dict[str, Any] | None:
-        """The record of a proof of these files that still holds: by this release, on this base as it is served."""
+        """The record of a proof of these files that still holds: by this release, on this base as it is served; without
+        what it says of adapters they stood on."""
         for proof in self.registry.proofs(digest):
             if is_proof_for(proof, self._info):
-                return dict(proof)
+                return {key: value for key, value in proof.items() if key != "path"}
         return None
 
     def _report(self, checked: Checked, notes: tuple[str, ...]) -> AdapterReport:
@@ -160,6 +184,20 @@ class AdapterCatalog:
     def get(self, name: str, version: int | None = None) -> Version:
         """Raises ModelNotFound, also for a version that was made for another base."""
         return self.registry.get(name, version)
+
+    def path(self, version: Version) -> tuple[Version, ...]:
+        """What `version` is the sum of, the root first, itself last. Raises AdapterQuarantined for those it stands
+        on."""
+        path = self.registry.parents.path(version)
+        for one in path[:-1]:
+            if one.state == QUARANTINED:
+                raise AdapterQuarantined(
+                    f"{version.model_id!r} stands on {one.model_id!r}, which is in quarantine: "
+                    f"{(one.quarantine or {}).get('reason', 'it failed while it ran')} Push the files of "
+                    f"{one.model_id!r} again, to have them proven anew, or push {version.name!r} with another parent.",
+                    param="model",
+                )
+        return path
 
     def names(self) -> list[str]:
         return [version.name for version in self.served()]

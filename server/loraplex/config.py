@@ -58,6 +58,7 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_loras: int | None = Field(None, ge=1, le=1024)
     max_lora_rank: int = Field(64, ge=1, le=4096)
+    max_adapter_depth: int = Field(4, ge=1, le=64)
     adapter_cache_bytes: ByteSize = ByteSize(2 << 30)
     eviction: Literal["lru", "lrfu"] = "lrfu"
     adapter_ttl: float | None = Field(None, gt=0)

@@ -17,8 +17,8 @@ from loraplex.sources.transfer import Transfer
 
 logger = structlog.get_logger(__name__)
 
-Accept = Callable[[str, Staging, str, str], Coroutine[Any, Any, Catalogued]]
-"""(name, staged files, who, source) -> the accepted version."""
+Accept = Callable[[str, Staging, str, str, str | None], Coroutine[Any, Any, Catalogued]]
+"""(name, staged files, who, source, parent) -> the accepted version."""
 
 TRIES = 4
 _AT_ONCE = 2
@@ -40,29 +40,29 @@ class Fetching:
         self._threads = Background(_AT_ONCE)
         self.running: list[Transfer] = []
 
-    async def fetch(self, name: str, source: str, who: str) -> Catalogued:
-        """Make what `source` names what `name` means. Raises SourceRefused, SourceFailed, AdapterError and kin; then
-        nothing is kept."""
+    async def fetch(self, name: str, source: str, who: str, parent: str | None = None) -> Catalogued:
+        """Make what `source` names what `name` means, on top of what `parent` means. Raises SourceRefused,
+        SourceFailed, AdapterError and kin; then nothing is kept."""
         self.check_name(name)
-        return await self.fetch_from(name, self._allowed.source(source), who)
+        return await self.fetch_from(name, self._allowed.source(source), who, parent)
 
     def check_name(self, name: str) -> None:
         """Raises InvalidName, or AdapterConflict for the base's."""
         self._catalog.check_name(name)
 
-    async def fetch_from(self, name: str, source: Source, who: str) -> Catalogued:
+    async def fetch_from(self, name: str, source: Source, who: str, parent: str | None = None) -> Catalogued:
         """As `fetch`; the source need not be on the list."""
         async with self._slots:
             limits = {"max_weights_bytes": self._max_weights_bytes, "timeout": self._timeout}
             transfer = Transfer(name, source.shown, **limits)
             self.running.append(transfer)
             try:
-                return await self._tried(name, source, who, transfer)
+                return await self._tried(name, source, who, parent, transfer)
             finally:
                 transfer.stop()
                 self.running.remove(transfer)
 
-    async def _tried(self, name: str, source: Source, who: str, transfer: Transfer) -> Catalogued:
+    async def _tried(self, name: str, source: Source, who: str, parent: str | None, transfer: Transfer) -> Catalogued:
         tries = stamina.retry_context(on=SourceUnavailable, attempts=TRIES, timeout=self._timeout, wait_initial=0.2)
         async for attempt in tries:
             with attempt:
@@ -70,7 +70,7 @@ class Fetching:
                 with self._catalog.store.stage() as staging:  # fresh: nothing of an earlier try is in it
                     await self._threads.run(source.fetch, staging, transfer)
                     logger.info("adapter fetched", source=source.shown, bytes=transfer.bytes_done, tries=transfer.tries)
-                    return await self._accept(name, staging, who, source.shown)
+                    return await self._accept(name, staging, who, source.shown, parent)
         raise AssertionError("the last try returns or raises")
 
     def close(self) -> None:

@@ -33,6 +33,11 @@ class Merging:
         found = await asyncio.to_thread(self._catalog.get, name, version)
         if not self._catalog.is_served(found):
             raise ModelNotFound(f"{found.model_id} is not served, so it is not merged.", param="model")
+        if found.parent is not None:
+            raise NotMergeable(
+                f"{found.model_id} is a sum, since it stands on {found.parent}, and merged weights are one adapter's. "
+                "Make one adapter of the sum (loraplex merge) and push that."
+            )
         # its files stay while the engine may read them
         hold = self._catalog.hold(found.digest)
         await asyncio.to_thread(hold.__enter__)

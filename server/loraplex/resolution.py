@@ -1,6 +1,9 @@
-"""Names: what a `model` field means at this moment: the base, a version, or a sum of versions. Not routes."""
+"""Names: what a `model` field means at this moment: the base, a version, or a sum of versions. Not routes.
 
-from collections.abc import Iterable
+A version that stands on others means the sum along its path to the root, so it is a sum even by itself.
+"""
+
+from collections.abc import Hashable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from math import fsum
@@ -28,10 +31,10 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a `model` field means now. `uses` (): the base. `adapter` is the one whose text side (template, profile)
-    holds, of a sum the first that was named; None: the base's."""
+    """What a `model` field means now. `uses` (): the base; each digest once. `adapter` is the one whose text side
+    (template, profile) holds, of a sum the first that was named; None: the base's."""
 
-    model: str  # the concrete name: "sql@3", "sql@3:0.7+style@1:0.3", or the base's
+    model: str  # the concrete name: "sql@3", "sql@3:0.7+style@1:0.3", or the base's; without what these stand on
     uses: tuple[Use, ...] = ()
     adapter: Version | None = None
 
@@ -62,13 +65,21 @@ class Names:
     def resolve(self, model: str) -> Resolved:
         """Raises ModelNotFound with the nearest names, AdapterQuarantined, InvalidName for what is no name."""
         parts = parse_composition(model)
-        uses = _summed(Use(version, part.scale) for part in parts if (version := self._version(model, part)))
+        named = _summed(
+            ((version.digest, version.parent), Use(version, part.scale))
+            for part in parts
+            if (version := self._version(model, part))
+        )
+        uses = _summed(
+            (version.digest, Use(version, use.scale)) for use in named for version in self._catalog.path(use.version)
+        )
         if not uses:
             return Resolved(self._base_name)
-        first = next(use.version for use in uses)
+        first = named[0].version
         # The engine adds in this order, and blocks of keys and values are shared by it: one sum, one order.
         uses = tuple(sorted(uses, key=lambda use: use.version.digest))
-        return Resolved("+".join(map(str, uses)), uses, first)
+        named = sorted(named, key=lambda use: (use.version.digest, str(use.version.parent)))
+        return Resolved("+".join(map(str, named)), uses, first)
 
     def _version(self, model: str, part: Part) -> Version | None:
         """None: the base, which adds nothing."""
@@ -107,12 +118,12 @@ class Names:
         return Held(resolved, folder, composition)
 
 
-def _summed(uses: Iterable[Use]) -> tuple[Use, ...]:
-    """Equal files once, with the sum of their scales, which does not depend on the order; without those of scale 0."""
-    versions: dict[str, Version] = {}
-    scales: dict[str, list[float]] = {}
-    for use in uses:
-        versions.setdefault(use.version.digest, use.version)
-        scales.setdefault(use.version.digest, []).append(use.scale)
-    summed = {digest: round(fsum(of), 9) for digest, of in scales.items()}  # to the digits that a scale can have
-    return tuple(Use(versions[digest], scale) for digest, scale in summed.items() if scale)
+def _summed(uses: Iterable[tuple[Hashable, Use]]) -> tuple[Use, ...]:
+    """Each key once, with the sum of its scales, which does not depend on the order; without those of scale 0."""
+    versions: dict[Hashable, Version] = {}
+    scales: dict[Hashable, list[float]] = {}
+    for key, use in uses:
+        versions.setdefault(key, use.version)
+        scales.setdefault(key, []).append(use.scale)
+    summed = {key: round(fsum(of), 9) for key, of in scales.items()}  # to the digits that a scale can have
+    return tuple(Use(versions[key], scale) for key, scale in summed.items() if scale)

@@ -95,7 +95,7 @@ class Service:
         self.num_running = 0
         self._blaming: set[asyncio.Future[str]] = set()
         proof_timeout = settings.proof_timeout if settings.proof == "on" else None
-        self.acceptance = Acceptance(catalog, texts, engine, proof_timeout)
+        self.acceptance = Acceptance(catalog, texts, engine, info.vocab_size, proof_timeout)
         self.background = self.acceptance.background
         self.merging = Merging(catalog, engine, settings.merge, info.bytes_per_value)
         self.fetching = Fetching(
@@ -137,7 +137,7 @@ class Service:
             engine = AsyncEngine(make_engine, on_death)
             info = await engine.start()
             stack.push_async_callback(engine.stop)
-            opened = (store, registry_url(settings), info, readers[0], settings.base_name)
+            opened = (store, registry_url(settings), info, readers[0], settings.base_name, settings.max_adapter_depth)
             catalog = stack.enter_context(await asyncio.to_thread(AdapterCatalog, *opened))
             texts = AdapterTexts(tokenizer, info.vocab_size)
             stack.push_async_callback(texts.close)
@@ -348,9 +348,11 @@ class Service:
 
     # -- adapters ---------------------------------------------------------------------------------------------
 
-    async def accept_upload(self, name: str, staging: Staging, who: str, source: str = "upload") -> Catalogued:
+    async def accept_upload(
+        self, name: str, staging: Staging, who: str, source: str = "upload", parent: str | None = None
+    ) -> Catalogued:
         """Make staged files what `name` means; that is durable and can be used when this returns."""
-        accepted = await self.acceptance.upload(name, staging, who, source)
+        accepted = await self.acceptance.upload(name, staging, who, source, parent)
         self.tiers.wake()
         return accepted
 

@@ -43,11 +43,16 @@ class Tiers:
     # -- wishes -----------------------------------------------------------------------------------------------
 
     async def pin(self, name: str, version: int | None = None, *, who: str) -> Version:
-        """Keep what `name` means in RAM, and what it will mean, or exactly `version`; also over restarts. Raises
-        ModelNotFound, InsufficientMemory when another adapter would have no room left."""
+        """Keep what `name` means in RAM, with what it stands on, and what it will mean, or exactly `version`; also over
+        restarts. Raises ModelNotFound, InsufficientMemory when another adapter would have no room left."""
         found = await asyncio.to_thread(self._catalog.get, name, version)
         async with self._keeping:
-            await self._pin(found)
+            try:
+                for one in await asyncio.to_thread(self._catalog.path, found):
+                    await self._pin(one)
+            except LoraplexError:
+                self.wake()  # what it stands on may be pinned already
+                raise
             await asyncio.to_thread(self._catalog.registry.pins.add, Pin(name, version), who=who)
         return found
 
@@ -66,10 +71,11 @@ class Tiers:
         return wanted
 
     async def prefetch(self, name: str, version: int | None = None, *, to: Literal["ram", "device"]) -> Version:
-        """Bring an adapter in ahead of its first request. Raises ModelNotFound, InsufficientMemory, Overloaded when
-        there is no room that nobody needs."""
+        """Bring an adapter, and what it stands on, in ahead of its first request. Raises ModelNotFound,
+        InsufficientMemory, Overloaded when there is no room that nobody needs."""
         found = await asyncio.to_thread(self._catalog.get, name, version)
-        await self._bring(found, to)
+        for one in await asyncio.to_thread(self._catalog.path, found):
+            await self._bring(one, to)
         return found
 
     async def standing(self, version: Version) -> AdapterStanding:
@@ -150,13 +156,13 @@ class Tiers:
         is_stale = False
         for pin in registry.pins.list():
             try:
-                version = self._catalog.get(pin.name, pin.version)
+                path = self._catalog.path(self._catalog.get(pin.name, pin.version))
             except ModelNotFound:
                 is_stale = True
             except AdapterQuarantined:
                 pass  # it does not answer, so it needs no room; the pin holds when it is back
             else:
-                found[version.digest] = version
+                found |= {version.digest: version for version in path}
         if is_stale:
             registry.pins.drop_deleted()
         return found

@@ -48,6 +48,8 @@ def test_an_upload_is_usable_at_once(client, adapter_folders):
         "name": "green",
         "version": 1,
         "state": "ready",
+        "parent": None,
+        "path": ["green@1"],
         "rank": 2,
         "alpha": 8,
         "use_rslora": False,

@@ -23,6 +23,7 @@ FULL = {
     "frequency_penalty": -0.5,
     "repetition_penalty": 1.1,
     "max_tokens": 99,
+    "parent": "sql@3",
 }
 
 
@@ -31,7 +32,7 @@ def test_every_field_is_read_and_shown():
     profile = ServingProfile.from_bytes(json.dumps(FULL).encode())
     assert profile.shown() == FULL
     assert profile.defaults.max_tokens == 99
-    assert set(profile.defaults.sampling) == set(FULL) - {"system_prompt", "stop", "max_tokens"}
+    assert set(profile.defaults.sampling) == set(FULL) - {"system_prompt", "stop", "max_tokens", "parent"}
     assert ServingProfile.from_bytes(b"{}").shown() == {}
     assert ServingProfile.from_bytes(b'{"top_k": -1}').defaults.sampling == {"top_k": 0}
     assert ServingProfile.from_bytes(b'\xef\xbb\xbf{"top_k": null}').shown() == {}

@@ -50,6 +50,7 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
     metrics.uploads.labels("created" if accepted.created else "unchanged").inc()
     report = {
         **describe(accepted.version),
+        "path": await _path(service, accepted.version),
         "is_new": accepted.created,
         "previous": accepted.previous and accepted.previous.model_id,
         **_checked(accepted),
@@ -60,14 +61,15 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
 async def _upload(request: Request, service: Service) -> Catalogued:
     boundary = boundary_of(request)
     with service.catalog.store.stage() as staging:
-        body = AdapterUpload(staging, boundary, service.catalog.check_name)
+        checks = {"name": service.catalog.check_name, "parent": service.catalog.lineage.read}
+        body = AdapterUpload(staging, boundary, checks)
         try:
             with service.acceptance.timing("receive"):
                 await _receive(request, body, service)
-                name = body.finish()
+                name, parent = body.finish()
         finally:
             body.close()
-        return await service.accept_upload(name, staging, caller_of(request))
+        return await service.accept_upload(name, staging, caller_of(request), parent=parent)
 
 
 async def _receive(request: Request, body: AdapterUpload, service: Service) -> None:
@@ -110,8 +112,9 @@ async def list_adapters(
 
 @router.get("/{model}")
 async def get_adapter(model: str, service: TheService) -> dict[str, Any]:
-    """A version, by default the one that the name means. `versions`: all numbers of the name, newest first; `current`:
-    the one it means; `incompatible`: those that were checked on another base."""
+    """A version, by default the one that the name means. `path`: what it is the sum of, the root first; `children`:
+    those that stand on it; `versions`: all numbers of the name, newest first; `current`: the one it means;
+    `incompatible`: those that were checked on another base."""
     ref = parse_model(model)
     registry = service.catalog.registry
     version = await asyncio.to_thread(registry.look, ref.name, ref.version)
@@ -120,6 +123,8 @@ async def get_adapter(model: str, service: TheService) -> dict[str, Any]:
     current = await _current(service, ref.name)
     return {
         **describe(version),
+        "path": await _path(service, version),
+        "children": await asyncio.to_thread(registry.parents.children, version),
         **describe_standing(await service.tiers.standing(version)),
         "merge": next((describe_merge(one) for one in stats.merges if one.digest == version.digest), None),
         "report": version.report,
@@ -179,6 +184,10 @@ async def list_events(service: Service, name: str | None, offset: int, limit: in
     return {"object": "list", "data": [_describe_event(event) for event in events], "offset": offset, "total": total}
 
 
+async def _path(service: Service, version: Version) -> list[str]:
+    return [one.model_id for one in await asyncio.to_thread(service.catalog.registry.parents.path, version)]
+
+
 async def _current(service: Service, name: str) -> Version | None:
     """What the name means, be it in quarantine."""
     try:
@@ -197,6 +206,7 @@ def describe(version: Version) -> dict[str, Any]:
         "version": version.version,
         "digest": version.digest,
         "state": version.state,
+        "parent": version.parent and str(version.parent),
         "rank": facts.rank,
         "alpha": facts.alpha,
         "use_rslora": facts.use_rslora,

@@ -3,7 +3,7 @@
 Nothing is spooled elsewhere first; a client's file names are looked at only to refuse pickle early, never used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -17,7 +17,7 @@ from loraplex.lora.files import FILES, REQUIRED
 from loraplex.lora.headers import refuse_pickle_name
 from loraplex.lora.staging import StagedFile, Staging
 
-MAX_NAME_BYTES = 256
+MAX_TEXT_BYTES = 256
 _FILE_OF = {file.part: file for file in FILES}
 
 
@@ -28,14 +28,15 @@ class _Part:
 
 
 class AdapterUpload:
-    """Feeds a multipart body into a staging: `name`, `config`, `weights` and the other parts of `files.FILES`, each at
-    most once, in any order."""
+    """Feeds a multipart body into a staging: `name`, `parent` (which need not be there), `config`, `weights` and the
+    other parts of `files.FILES`, each at most once, in any order. `checks`: what the two texts have to pass, as soon as
+    they have come."""
 
-    def __init__(self, staging: Staging, boundary: bytes, check_name: Callable[[str], object]):
-        self._check_name = check_name
+    def __init__(self, staging: Staging, boundary: bytes, checks: Mapping[str, Callable[[str], object]]):
+        self._checks = checks
         self._staging = staging
         self._seen: set[str] = set()
-        self._name = bytearray()
+        self._texts: dict[str, bytearray] = {}
         self._part = _Part()
         self._header = (bytearray(), bytearray())
         self._parser = MultipartParser(
@@ -59,8 +60,8 @@ class AdapterUpload:
         except MultipartParseError as error:
             raise InvalidRequest(f"The multipart body is malformed: {error}") from error
 
-    def finish(self) -> str:
-        """The end of the body: returns the name that was sent."""
+    def finish(self) -> tuple[str, str | None]:
+        """The end of the body: returns the name and the parent that were sent."""
         try:
             self._parser.finalize()
         except MultipartParseError as error:
@@ -72,11 +73,10 @@ class AdapterUpload:
                 "weights (adapter_model.safetensors).",
                 param=missing[0],
             )
-        return self._sent_name
+        return self._text("name"), self._text("parent") if "parent" in self._seen else None
 
-    @property
-    def _sent_name(self) -> str:
-        return self._name.decode("utf-8", "replace")
+    def _text(self, part: str) -> str:
+        return self._texts[part].decode("utf-8", "replace")
 
     def close(self) -> None:
         """Close a file that was being written when the upload broke off."""
@@ -98,11 +98,11 @@ class AdapterUpload:
         _, options = parse_options_header(self._disposition)
         name = options.get(b"name", b"").decode("utf-8", "replace")[:64]
         filename = options.get(b"filename")
-        if name != "name" and name not in _FILE_OF:
+        if name not in self._checks and name not in _FILE_OF:
             others = ", ".join(file.part for file in FILES if file not in REQUIRED)
             raise InvalidRequest(
                 f"The upload has an unknown part {name!r}; expected are name, config and weights, and there may be "
-                f"{others}."
+                f"parent, {others}."
             )
         if name in self._seen:
             raise InvalidRequest(f"The upload has the part {name!r} twice.")
@@ -113,21 +113,24 @@ class AdapterUpload:
                 refuse_pickle_name(filename.decode("utf-8", "replace"))
             self._part.file = self._staging.open(_FILE_OF[name])
             self._part.file.__enter__()
+        else:
+            self._texts[name] = bytearray()
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._part.file is not None:
             self._part.file.write(data[start:end])
         else:
-            self._name.extend(data[start:end])
-            if len(self._name) > MAX_NAME_BYTES:
-                raise InvalidRequest("The part 'name' is too long.", param="name")
+            name = self._part.name
+            self._texts[name].extend(data[start:end])
+            if len(self._texts[name]) > MAX_TEXT_BYTES:
+                raise InvalidRequest(f"The part {name!r} is too long.", param=name)
 
     def _on_part_end(self) -> None:
         if self._part.file is not None:
             file, self._part.file = self._part.file, None
             file.__exit__(None, None, None)
         else:
-            self._check_name(self._sent_name)  # now, not after gigabytes of weights
+            self._checks[self._part.name](self._text(self._part.name))  # now, not after gigabytes of weights
 
 
 def boundary_of(request: Request) -> bytes:

@@ -191,7 +191,7 @@ def model_card(service: Service, name: str, version: Version) -> dict[str, Any]:
         "created": int(version.created_at.timestamp()),
         "owned_by": "loraplex",
         "root": version.model_id,
-        "parent": service.base_name,
+        "parent": service.base_name if version.parent is None else str(version.parent),
         "max_model_len": service.info.config.max_model_len,
         "permission": [],
         "profile": version.facts.profile,

@@ -25,6 +25,7 @@ class FromSource(BaseModel):
 
     name: str = Field(max_length=256)
     source: str = Field(max_length=1024)
+    parent: str | None = Field(None, max_length=256)
 
 
 async def fetch_adapter(request: Request, service: Service) -> Catalogued:
@@ -40,7 +41,7 @@ async def fetch_adapter(request: Request, service: Service) -> Catalogued:
             "multipart/form-data.",
             param=where or None,
         ) from None
-    return await service.fetching.fetch(wanted.name, wanted.source, caller_of(request))
+    return await service.fetching.fetch(wanted.name, wanted.source, caller_of(request), wanted.parent)
 
 
 async def read_body(request: Request) -> bytes:

@@ -17,6 +17,7 @@ from loraplex.lora.files import FILES, REQUIRED
 def push(
     path: Annotated[Path, typer.Argument(help="A PEFT folder.")],
     name: Annotated[str | None, typer.Option(help="Name of the adapter. [default: the folder's]")] = None,
+    parent: Annotated[str | None, typer.Option(help="name or name@version of the adapter it was trained on.")] = None,
     json_output: Json = False,
 ) -> None:
     """Upload an adapter with its chat template, tokenizer and serving profile; it is usable when this returns."""
@@ -35,7 +36,8 @@ def push(
             file.part: (file.name, _Counted(stack.enter_context(open(path / file.name, "rb")), progress, task))
             for file in found
         }
-        reply = request("POST", "/v1/adapters", data={"name": name or path.resolve().name}, files=parts)
+        data = {"name": name or path.resolve().name} | ({} if parent is None else {"parent": parent})
+        reply = request("POST", "/v1/adapters", data=data, files=parts)
     if json_output:
         print_json(reply)
         return
@@ -45,6 +47,8 @@ def push(
     facts = f"rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes"
     console = Console()
     console.print(f"{reply['id']}  {facts}{news}", highlight=False, soft_wrap=True)
+    if reply["parent"]:
+        console.print(f"  the sum of {' + '.join(reply['path'])}", highlight=False, markup=False, soft_wrap=True)
     sent = [file.name for file in found if file not in REQUIRED]
     if sent:
         console.print(f"  sent with it: {', '.join(sent)}", highlight=False, markup=False, soft_wrap=True)
@@ -58,11 +62,12 @@ def ls(json_output: Json = False) -> None:
     if json_output:
         print_json(reply)
         return
-    table = Table("name", "version", "rank", "modules", "bytes", "tier", "source", "state")
+    table = Table("name", "version", "parent", "rank", "modules", "bytes", "tier", "source", "state")
     for row in reply["data"]:
         values = (
             row["name"],
             row["version"],
+            row["parent"] or "",
             row["rank"],
             row["num_modules"],
             row["bytes"],

@@ -62,6 +62,9 @@ def serve(
         int | None, typer.Option(help="Adapters in one batch. [default: 8; CPU: max-num-seqs]")
     ] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="Largest rank accepted. [default: 64]")] = None,
+    max_adapter_depth: Annotated[
+        int | None, typer.Option(help="Adapters on a path from the root of a tree. [default: 4]")
+    ] = None,
     adapter_cache_bytes: Annotated[str | None, typer.Option(help="RAM for adapters. [default: 2GiB]")] = None,
     eviction: Annotated[str | None, typer.Option(help="What leaves it first: lrfu or lru. [default: lrfu]")] = None,
     quantization: Annotated[str | None, typer.Option(help="Quantise the base: int8, int4 (CUDA) or nf4.")] = None,

@@ -39,6 +39,11 @@ class Parents:
         with self._database.reading() as connection:
             return children_of(connection, [version])
 
+    def check(self, parent: ModelRef, name: str) -> None:
+        """Raises InvalidRequest and AdapterQuarantined if `parent` cannot be that of a version of `name` now."""
+        with self._database.reading() as connection:
+            check_parent(connection, parent, name, self._base)
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a parent is not there or of another base, or a name stands twice on a path."""
         with self._database.reading() as connection:
@@ -71,8 +76,8 @@ def children_of(connection: Connection, parents: Sequence[Version]) -> Sequence[
 
 
 def check_parent(connection: Connection, parent: ModelRef, name: str, base_fingerprint: str) -> None:
-    """Within the transaction that makes `parent` that of a version of `name`, both names locked. Raises InvalidRequest
-    when it was deleted or `name` is on its path, and AdapterQuarantined."""
+    """Whether `parent` can be that of a version of `name`; it stays so while both names are locked. Raises
+    InvalidRequest when it was deleted or `name` is on its path, and AdapterQuarantined."""
     query = select(versions).where(_is(parent), versions.c.state == READY)
     row = connection.execute(query.where(versions.c.base_fingerprint == base_fingerprint)).first()
     if row is None:

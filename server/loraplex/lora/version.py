@@ -46,6 +46,10 @@ class Version:
         return f"{self.name}@{self.version}"
 
     @property
+    def ref(self) -> ModelRef:
+        return ModelRef(self.name, self.version)
+
+    @property
     def rank(self) -> int:
         return self.facts.rank
 

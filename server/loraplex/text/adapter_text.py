@@ -27,6 +27,11 @@ class Brought:
     unneeded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def parent(self) -> str | None:
+        """The adapter that the profile says they stand on."""
+        return None if self.profile is None else self.profile.parent
+
     def check_rows(self, trained: Container[int]) -> None:
         """Raises AdapterInvalid for new tokens without a trained row."""
         self.change.check_rows(trained)

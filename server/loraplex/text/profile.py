@@ -19,6 +19,7 @@ class ServingProfile(BaseModel):
 
     system_prompt   the first message of a chat that has no system or developer message of its own
     stop            stop strings of a request that names none
+    parent          the adapter it stands on ("sql", "sql@3"), if the push names none
     the others      as in a request, with its ranges
     """
 
@@ -34,6 +35,7 @@ class ServingProfile(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     max_tokens: int | None = None
+    parent: Annotated[str, Field(max_length=128)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ServingProfile":
@@ -59,7 +61,7 @@ class ServingProfile(BaseModel):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        names = self.model_dump(exclude_none=True, exclude={"system_prompt", "stop", "max_tokens"})
+        names = self.model_dump(exclude_none=True, exclude={"system_prompt", "stop", "max_tokens", "parent"})
         if names.get("top_k") == -1:  # vLLM's way to say all
             names["top_k"] = 0
         return SamplingDefaults(names, self.max_tokens)
