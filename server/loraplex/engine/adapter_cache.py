@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 
 class AdapterCache(Cache):
     """digest -> LoRAWeights. `on_evict(digest)` is called for every adapter that leaves, for whatever reason. `policy`
-    None: least recently used."""
+    None: least recently used. `ledger` None: one of its own."""
 
     def __init__(
         self,
         maxsize: int,
         on_evict: Callable[[str], None] = lambda digest: None,
         policy: EvictionPolicy | None = None,
+        ledger: AdapterLedger | None = None,
     ):
         super().__init__(maxsize, getsizeof=lambda weights: weights.nbytes)
         self._on_evict = on_evict
         self._policy = policy or Lru()
-        self.ledger = AdapterLedger()
+        self.ledger = AdapterLedger() if ledger is None else ledger
         self._wanted_by: str | None = None  # who needs the room that is being made
         self._leases: Counter[str] = Counter()
         self._pins: set[str] = set()

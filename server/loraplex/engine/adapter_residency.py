@@ -111,15 +111,15 @@ class AdapterResidency:
         job.failure = job.failure or self._refusal(job)
         if job.failure is not None:
             return False
-        if digest in self._cache:
-            if job.wish == "pin":
-                self._cache.pin(digest)
-            return job.wish != "device" or self._place(digest)
+        is_resident = digest in self._cache
+        if is_resident and job.wish == "pin":
+            self._cache.pin(digest)
+        if is_resident and (job.wish != "device" or self._place(digest)):
+            return True
         if self._clock() > job.deadline:
-            job.failure = Failure(
-                "overloaded", "The adapter found no room in RAM beside those in use. Try again later."
-            )
-        else:
+            where = "place on the device" if is_resident else "room in RAM"
+            job.failure = Failure("overloaded", f"The adapter found no {where} beside those in use. Try again later.")
+        elif not is_resident:
             self._scheduler.load(job.use)
         return False
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplex.engine.adapter_cache import AdapterCache
+from loraplex.engine.adapter_ledger import AdapterLedger
 from loraplex.engine.adapter_loads import AdapterLoads, ReadAdapter
 from loraplex.engine.adapter_merges import AdapterMerges, MergeStatus
 from loraplex.engine.adapter_places import AdapterPlaces
@@ -64,19 +65,25 @@ class EngineDied(Exception):
 
 
 class Engine:
-    def __init__(self, runner: ModelRunner, read_adapter: ReadAdapter, on_load: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        runner: ModelRunner,
+        read_adapter: ReadAdapter,
+        on_load: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         config = runner.config
         self.config: EngineConfig = config
         self.runner = runner
         self.loads = AdapterLoads(read_adapter, config.max_concurrent_loads, on_load)
         self.places = AdapterPlaces(config.max_loras)
         self.cache = AdapterCache(
-            config.adapter_cache_bytes, self._forget_place, policy=eviction_policy(config.eviction)
+            config.adapter_cache_bytes, self._forget_place, eviction_policy(config.eviction), AdapterLedger(clock)
         )
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
         self.proofs = AdapterProofs(runner, self.cache, self.scheduler)
-        self.residency = AdapterResidency(self.cache, self.places, runner.pool, self.scheduler)
+        self.residency = AdapterResidency(self.cache, self.places, runner.pool, self.scheduler, clock)
         policy = MergePolicy() if config.merge == "auto" else None
         self.merges = AdapterMerges(runner, self.cache, self.scheduler, policy, on_load)
         self._sequences: dict[str, Sequence] = {}
