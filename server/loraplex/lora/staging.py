@@ -1,7 +1,6 @@
 """Staging: an adapter on its way into the store, hashed as its bytes arrive and bounded in size."""
 
 import errno
-import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import TracebackType
 from loraplex.errors import AdapterInvalid, AdapterTooLarge, StorageFull
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME, adapter_digest, text_sha256
 from loraplex.lora.files import AdapterFile
+from loraplex.lora.running_digest import RunningDigest
 from loraplex.lora.steps import Step, unwatched
 
 # Free space is looked up once in so many written bytes.
@@ -50,7 +50,7 @@ class StagedFile:
             self._advice += f" Or start the server with max_upload_bytes (LORAPLEX_MAX_UPLOAD_BYTES) above {limit}."
         self._check_space = check_space
         self._unchecked = 0
-        self._sha = hashlib.sha256()
+        self.sha256 = b""  # 32 bytes of what was written, when it is complete
         self.nbytes = 0
         self.complete = False
         check_space()
@@ -59,14 +59,10 @@ class StagedFile:
             self._fd = os.open(path, flags, 0o600)
         except OSError as cause:
             raise storage_full(cause, f"a new {path.name}") from cause
+        self._digest = RunningDigest(self._fd)
         step("stage: file opened")
 
-    @property
-    def sha256(self) -> bytes:
-        """SHA-256 of what was written, 32 bytes."""
-        return self._sha.digest()
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
+    def write(self, data: bytes) -> None:
         """Append `data`. Raises AdapterTooLarge and StorageFull; the staging is of no use after either."""
         size = len(data)
         if self._limit is not None and self.nbytes + size > self._limit:
@@ -82,9 +78,9 @@ class StagedFile:
             while view:
                 view = view[os.write(self._fd, view) :]
             self._step("stage: bytes written")
+            self._digest.add(data)
         except OSError as cause:
             raise storage_full(cause, f"{self._path.name}") from cause
-        self._sha.update(data)
         self.nbytes += size
 
     def __enter__(self) -> "StagedFile":
@@ -93,12 +89,14 @@ class StagedFile:
     def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
         try:
             if kind is None:
+                self.sha256 = self._digest.finish()
                 os.fsync(self._fd)
                 self.complete = True
                 self._step("stage: file synced")
         except OSError as cause:
             raise storage_full(cause, f"{self._path.name}") from cause
         finally:
+            self._digest.close()
             os.close(self._fd)
 
 
