@@ -62,7 +62,7 @@ class Rig:
         def within(connection, was, now):
             self.book.write(connection, "prod", content, 10, "me")
 
-        self.routes.settle("prod", within, has_passed=lambda model: False, who="me", reason={"set": "changed"})
+        self.routes.settle("prod", within, has_passed=lambda gate, model: False, who="me", reason={"set": "changed"})
 
     def reach(self, model: str, passed: int) -> None:
         """A run ends with so many of ten."""
@@ -75,7 +75,11 @@ class Rig:
             self.book.finish(connection, run, [result], {})
 
         self.routes.settle(
-            "prod", within, has_passed=lambda one: one != model or passed >= 9, who=SERVER, reason={"run": run.run_id}
+            "prod",
+            within,
+            has_passed=lambda gate, one: one != model or passed / 10 >= gate.min_pass,
+            who=SERVER,
+            reason={"run": run.run_id},
         )
 
     @property

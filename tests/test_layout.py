@@ -26,6 +26,7 @@ FLOORS = {
     "tiers": 4.9,
     "offline_check": 4.9,
     "comparison": 4.88,
+    "evaluating": 4.88,
     "shadows": 4.88,
     "routes": 4.87,
     "gating": 4.86,

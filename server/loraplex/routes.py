@@ -43,7 +43,7 @@ from loraplex.routing.composition import parse_composition
 from loraplex.routing.document import JsonObject, document_of, ramp_of, route_of
 from loraplex.routing.guard import Verdict, judge
 from loraplex.routing.observed import Observed, Window
-from loraplex.routing.route import Route, Shadow, Target
+from loraplex.routing.route import Gate, Route, Shadow, Target
 from loraplex.routing.router import RULE, Asked, Routed, Router
 
 logger = structlog.get_logger(__name__)
@@ -341,7 +341,13 @@ class Routes:
         return self._edit(alias, lambda route: route.promoted(model), who, ROUTE_PROMOTE, expected, gate)
 
     def settle(
-        self, alias: str, within: Within, *, has_passed: Callable[[str], bool], who: str, reason: Mapping[str, Any]
+        self,
+        alias: str,
+        within: Within,
+        *,
+        has_passed: Callable[[Gate, str], bool],
+        who: str,
+        reason: Mapping[str, Any],
     ) -> Live:
         """`within` changes what targets have passed: a ramp under way to a target that has not `has_passed` it ends
         where it stands, in the same transaction, if the route has a gate. Raises ModelNotFound."""
@@ -351,9 +357,9 @@ class Routes:
             document = self._existing(alias, was)
             route = route_of(alias, document, now)
             ramp = route.ramp
-            if route.gate is None or ramp is None or ramp.step(now) == len(ramp.steps) - 1 or has_passed(ramp.target):
+            if route.gate is None or ramp is None or ramp.step(now) == len(ramp.steps) - 1:
                 return document
-            return document_of(route.halted(now))
+            return document if has_passed(route.gate, ramp.target) else document_of(route.halted(now))
 
         return self._adopt(self._book.change(alias, make, who=who, action=ROUTE_RAMP, reason=reason, within=within))
 

@@ -32,6 +32,7 @@ from loraplex.errors import (
     StartupError,
     StorageFull,
 )
+from loraplex.evaluating import Evaluations
 from loraplex.fetching import Fetching
 from loraplex.gating import Gating
 from loraplex.generation import Generation
@@ -86,9 +87,10 @@ class Service:
         self.names = Names(catalog, settings.base_name, info.bytes_per_value)
         gating = Gating(catalog.registry.evaluations, self.names, info.fingerprint)
         self.routes = Routes(catalog.registry.routes, self.names, settings.base_name, gating)
-        self._shadows = Shadows(
-            self.routes, partial(self._generate, is_shadow=True), lambda: not self.num_running and not self.is_draining
-        )
+        unheard = partial(self._generate, is_shadow=True)
+        self._shadows = Shadows(self.routes, unheard, self._is_idle)
+        book = catalog.registry.evaluations
+        self.evaluations = Evaluations(book, self.routes, self.names, gating, unheard, self._is_idle)
         self.comparisons = Comparisons(self.names, self.routes, engine, self.generate, settings.base_name)
         self.started_at = time.time()
         self.is_draining = False
@@ -149,6 +151,7 @@ class Service:
             await asyncio.to_thread(service.routes.load)
             stack.push_async_callback(service.routes.settled)
             stack.push_async_callback(service._shadows.close)
+            stack.push_async_callback(service.evaluations.close)
             await stack.enter_async_context(service.tiers.kept())
             yield service
 
@@ -244,6 +247,10 @@ class Service:
         named += [("stop_token_ids", token) for token in params.stop_token_ids]
         for param, token in named:
             if not 0 <= token < self.info.vocab_size:
+    def _is_idle(self) -> bool:
+        """Whether no client's request runs."""
+        return not self.num_running and not self.is_draining
+
                 raise InvalidRequest(
                     f"{param} names the token {token}, outside the vocabulary (0 to {self.info.vocab_size - 1}).",
                     param=param,

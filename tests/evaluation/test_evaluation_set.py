@@ -52,7 +52,7 @@ def test_a_set_is_read():
         ({"messages": [{"role": "user", "content": None}], "check": {"exact": "4"}}, "'role'"),
         ({"messages": [], "check": {"exact": "4"}}, "'messages'"),
         ({**GOOD, "check": {"exact": "4", "regex": "4"}}, "exactly one"),
-        ({**GOOD, "check": {"exact": ""}}, "check.exact"),
+        ({**GOOD, "check": {"exact": 4}}, "check.exact"),
         ({**GOOD, "check": {"contains": []}}, "check.contains"),
         ({**GOOD, "check": {"contains": ["a", 1]}}, "check.contains"),
         ({**GOOD, "check": {"regex": "("}}, "check.regex: it does not compile"),
@@ -88,6 +88,7 @@ def test_a_set_has_limits():
     ("check", "passing", "failing"),
     [
         ({"exact": " yes\n"}, ["yes", "  yes "], ["Yes", "yes.", ""]),
+        ({"exact": ""}, ["", " "], ["a"]),
         ({"contains": "b"}, ["abc"], ["ac", ""]),
         ({"contains": ["b", "c"]}, ["abc"], ["ab"]),
         ({"regex": "^[0-9]+$"}, ["42"], ["42 ", "a"]),

@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.types import ASGIApp
 
 from loraplex import __version__
-from loraplex.api import adapters, compare, files, merges, openai, routes, sources, tiers, tokens
+from loraplex.api import adapters, compare, evaluations, files, merges, openai, routes, sources, tiers, tokens
 from loraplex.api.auth import ApiKeyMiddleware, LoopbackGuard
 from loraplex.api.edge import EdgeMiddleware
 from loraplex.api.errors import install_error_handlers
@@ -50,6 +50,7 @@ def create_app(service: Service) -> FastAPI:
     app.include_router(tiers.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(merges.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(adapters.audit_router, max_body_size=MAX_BODY_BYTES)
+    app.include_router(evaluations.router, max_body_size=evaluations.MAX_BODY_BYTES)
     app.include_router(routes.router, max_body_size=MAX_BODY_BYTES)
     app.include_router(tokens.router, max_body_size=MAX_BODY_BYTES)
     _add_probes(app, service)

@@ -34,7 +34,9 @@ class Check:
         return getattr(self, f"_problem_{self.kind}")(answer)
 
     def _compile_exact(self) -> str:
-        return self._text(self._wanted).strip()
+        if not isinstance(self._wanted, str):
+            raise InvalidRequest("check.exact: it needs a text")
+        return self._wanted.strip()
 
     def _problem_exact(self, answer: str) -> str | None:
         return None if answer.strip() == self._compiled else "it is another text"
