@@ -10,6 +10,7 @@ import pytest
 from loraplex.config import prepare_process
 
 if TYPE_CHECKING:
+    from forks import Forks
     from postgres import Postgres
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -23,6 +24,16 @@ def postgres() -> Iterator["Postgres"]:
 
     with running_postgres() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator["Forks"]:
+    """Starts servers as processes of their own."""
+    from forks import Forks
+
+    forks = Forks()
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

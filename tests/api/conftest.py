@@ -4,9 +4,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from folders import Files, make_tokenizer, save_adapter, save_base
-from forks import Forks
 from live import LiveServer
-from processes import ENVIRONMENT
 
 from loraplex.config import Settings, prepare_process
 
@@ -58,14 +56,6 @@ def make_settings(base_folder: Path, adapter_folders: dict[str, Path]) -> Callab
 def session_server(make_settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory):
     with LiveServer(make_settings(tmp_path_factory.mktemp("data"))) as server:
         yield server
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    """Starts servers as processes of their own."""
-    forks = Forks(ENVIRONMENT)
-    yield forks
-    forks.close()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Servers as processes of their own: to be killed, started again, and to stand side by side."""
 
 import json
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+
 from forks import Forks
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
 DEADLINE = 60.0
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx2
 import pytest
+from processes import DEADLINE, ServerProcess, servers
+
 from forks import Forks
-from processes import ServerProcess, servers
 
 ALIASES = ("prod", "canary", "batch", "eval")
 MODELS = ("red", "blue", "base")
@@ -46,10 +47,12 @@ class Changer(threading.Thread):
         self._client, self._alias, self._known = client, alias, known
         self._dice = random.Random(seed)
         self.refused: list[str] = []
+        self.has_begun = threading.Event()  # a change was acknowledged, or none can be
 
     def run(self) -> None:
         while self._change():
-            pass
+            self.has_begun.set()
+        self.has_begun.set()
 
     def _change(self) -> bool:
         known, path = self._known, f"/v1/routes/{self._alias}"
@@ -126,7 +129,9 @@ def kill_during_changes(server: ServerProcess, known: dict[str, Known], seed: in
     changers = [Changer(server.client, alias, one, dice.randrange(1 << 30)) for alias, one in known.items()]
     for changer in changers:
         changer.start()
-    threading.Event().wait(dice.uniform(0.005, 0.15))  # the moment is drawn; what is asserted holds at any
+    for changer in changers:
+        assert changer.has_begun.wait(DEADLINE)
+    threading.Event().wait(dice.uniform(0, 0.1))  # the moment is drawn; what is asserted holds at any
     assert server.end(signal.SIGKILL) == -signal.SIGKILL
     for changer in changers:
         changer.join()

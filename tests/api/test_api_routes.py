@@ -40,21 +40,21 @@ def put(client: httpx2.Client, alias: str, **document: Any) -> httpx2.Response:
 
 
 def test_a_route_is_a_model(routed: httpx2.Client):
-    made = put(routed, "prod", targets=["red"])
+    made = put(routed, "new", targets=["red"])
     assert (made.status_code, made.headers["etag"], made.json()["revision"]) == (201, '"1"', 1)
     assert made.json()["shares"] == {"red": 1.0}
-    reply = ask(routed, "prod")
+    reply = ask(routed, "new")
     assert answered(reply) == "red@1"
     assert reply.json()["choices"] == ask(routed, "red").json()["choices"]
-    assert (reply.headers["x-loraplex-route"], reply.headers["x-loraplex-adapter"]) == ("prod", "red@1")
+    assert (reply.headers["x-loraplex-route"], reply.headers["x-loraplex-adapter"]) == ("new", "red@1")
     assert "x-loraplex-fallback" not in reply.headers
     assert "x-loraplex-route" not in ask(routed, "red").headers
-    with routed.stream("POST", "/v1/completions", json={"model": "prod", "prompt": "a", "stream": True}) as stream:
-        assert stream.headers["x-loraplex-route"] == "prod"
+    with routed.stream("POST", "/v1/completions", json={"model": "new", "prompt": "a", "stream": True}) as stream:
+        assert stream.headers["x-loraplex-route"] == "new"
         stream.read()
-    assert "prod" in [card["id"] for card in routed.get("/v1/models").json()["data"]]
-    assert routed.get("/v1/models/prod").json()["targets"] == ["red"]
-    assert routed.post("/tokenize", json={"model": "prod", "prompt": "a b"}).json()["count"] > 0
+    assert "new" in [card["id"] for card in routed.get("/v1/models").json()["data"]]
+    assert routed.get("/v1/models/new").json()["targets"] == ["red"]
+    assert routed.post("/tokenize", json={"model": "new", "prompt": "a b"}).json()["count"] > 0
 
 
 def test_a_user_stays_and_users_spread(routed: httpx2.Client):

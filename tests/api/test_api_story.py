@@ -17,10 +17,10 @@ from typing import Any
 import httpx2
 import pytest
 from folders import parts_of, peft_greedy, save_adapter, save_base
-from forks import Forks
 from live import LiveServer, assert_error
 from processes import ServerProcess, servers
 
+from forks import Forks
 from loraplex.errors import StartupError, StorageFull
 
 CONTEXT = 2048

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import httpx2
 import pytest
 import structlog
 
+from forks import ENVIRONMENT, Fork, Forks
 from loraplex.cli import main
 
 ROOT = Path(__file__).parents[2]
 LORAPLEX = str(Path(sys.executable).parent / "loraplex")
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
 BODY = {"model": "demo-base", "prompt": "the queen", "ignore_eos": True, "temperature": 0}
 
 
@@ -77,7 +78,7 @@ def assert_refused(done: Done | subprocess.CompletedProcess[str], *texts: str) -
 
 @dataclass
 class Served:
-    process: subprocess.Popen
+    process: subprocess.Popen | Fork
     facts: dict[str, str]
     log: Path
 
@@ -90,16 +91,25 @@ class Served:
         return self.process.wait(60)
 
 
+Command = Callable[[list[str], dict[str, str], IO[str]], subprocess.Popen | Fork]
+"""Starts something with arguments, additions to the environment, and a stderr."""
+
+
+def of_its_own(*command: str) -> Command:
+    """A process that imports everything itself."""
+    return lambda arguments, env, errors: subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env={**ENVIRONMENT, **env}
+    )
+
+
 @contextmanager
-def serving(data: Path, *flags: object, command: tuple[str, ...] = (LORAPLEX,), **env: str) -> Iterator[Served]:
+def serving(data: Path, start: Command, **env: str) -> Iterator[Served]:
     """`loraplex serve` of the demo."""
     data.mkdir(exist_ok=True)
     log = data / "log"
-    arguments = [*command, "serve", "--data-dir", data / "d", "--port", "0", "--json", "--threads", "1", *flags]
+    arguments = ["serve", "--data-dir", str(data / "d"), "--port", "0", "--json", "--threads", "1"]
     with open(log, "w") as errors:
-        process = subprocess.Popen(
-            list(map(str, arguments)), stdout=subprocess.PIPE, stderr=errors, text=True, env={**ENVIRONMENT, **env}
-        )
+        process = start(arguments, env, errors)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()
@@ -107,14 +117,14 @@ def serving(data: Path, *flags: object, command: tuple[str, ...] = (LORAPLEX,), 
         yield Served(process, json.loads(line), log)
     finally:
         if process.poll() is None:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
         process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(tmp_path_factory.mktemp("served")) as server:
+    with serving(tmp_path_factory.mktemp("served"), of_its_own(LORAPLEX)) as server:
         yield server
         # With a keep-alive connection open, and twice: still 0.
         with httpx2.Client() as client:
@@ -380,8 +390,8 @@ def streaming(url: str, count: int, **body) -> Iterator[list[list[str]]]:
         thread.join(60)
 
 
-def test_live_streams_finish_after_sigterm(tmp_path):
-    with serving(tmp_path / "data") as server:
+def test_live_streams_finish_after_sigterm(tmp_path, forks: Forks):
+    with serving(tmp_path / "data", forks.start) as server:
         with streaming(server.url, 8, max_tokens=400) as lines:
             assert server.stop() == 0
         for own in lines:
@@ -390,8 +400,8 @@ def test_live_streams_finish_after_sigterm(tmp_path):
         assert "Traceback" not in server.log.read_text()
 
 
-def test_streams_that_take_too_long_end_with_an_error(tmp_path):
-    with serving(tmp_path / "data", LORAPLEX_SHUTDOWN_TIMEOUT="0") as server:
+def test_streams_that_take_too_long_end_with_an_error(tmp_path, forks: Forks):
+    with serving(tmp_path / "data", forks.start, LORAPLEX_SHUTDOWN_TIMEOUT="0") as server:
         with streaming(server.url, 2, max_tokens=1000, prompt="a") as lines:
             assert server.stop() == 0
         for own in lines:
@@ -418,7 +428,7 @@ main()
 
 
 def test_a_dead_engine_ends_the_process(tmp_path):
-    with serving(tmp_path / "data", command=(sys.executable, "-c", DYING)) as server:
+    with serving(tmp_path / "data", of_its_own(sys.executable, "-c", DYING)) as server:
         for _ in range(2):
             assert httpx2.post(server.url + "/v1/completions", json=BODY).status_code == 500
         assert httpx2.post(server.url + "/v1/completions", json=BODY).status_code == 503

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("LORAPLEX_")}
 _MAX_BYTES = 1 << 16
 _POLL_SECONDS = 0.002
 
@@ -21,11 +22,11 @@ _POLL_SECONDS = 0.002
 class Forks:
     """The process that forks, ended by `close`, its forks with it. Used by one thread at a time."""
 
-    def __init__(self, environment: Mapping[str, str]):
+    def __init__(self) -> None:
         self._commands, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             # numpy's BLAS would start threads when it is imported
-            environment = {**environment, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+            environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
             command = [sys.executable, str(Path(__file__)), str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment)
 
@@ -85,12 +86,8 @@ def _main(commands: socket.socket) -> None:
     from loraplex.config import prepare_process
 
     prepare_process()
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import loraplex.api.app
-    import loraplex.ops.numba_ops
-    import loraplex.service  # noqa: F401
-
+    _warm_up()
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork would lack the other threads"
     running: set[int] = set()
     while True:
         message, descriptors, _, _ = socket.recv_fds(commands, _MAX_BYTES, 2)
@@ -113,6 +110,22 @@ def _main(commands: socket.socket) -> None:
     for pid in running:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _warm_up() -> None:
+    """Everything that a start does in the same way whatever it serves."""
+    import sqlalchemy.dialects.sqlite  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    import loraplex.api.app
+    import loraplex.service  # noqa: F401
+    from loraplex.ops import select_ops
+
+    torch.set_num_threads(1)
+    select_ops("cpu").warm_up(torch.float32)
+    get_checkpoint_conversion_mapping("llama")
 
 
 def _serve(command: Mapping[str, Any], stdout: int, stderr: int) -> None:
