@@ -8,10 +8,12 @@ goes when the proof fails. Until the last step the name means what it meant.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+import structlog
 
 from loraplex.background import Background
 from loraplex.catalog import AdapterCatalog, Catalogued, Prepared
@@ -19,13 +21,16 @@ from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.durations import Durations
 from loraplex.engine.messages import AdapterUse
 from loraplex.engine.proof_result import ProofResult
-from loraplex.errors import AdapterLoadFailed, AdapterTooLarge
+from loraplex.errors import AdapterLoadFailed, AdapterTooLarge, LoraplexError, StartupError
 from loraplex.generation import as_error
 from loraplex.lora.event import OPERATOR
+from loraplex.lora.parents import UNKNOWN_PARENT
 from loraplex.lora.staging import Staging
 from loraplex.path_proof import PathProof
 from loraplex.proof_record import proof_record
 from loraplex.text.adapter_texts import AdapterTexts
+
+logger = structlog.get_logger(__name__)
 
 PHASES = ("receive", "check", "prove", "publish")
 """Of an upload: its body to durable files in staging, those to a blob, the proof, the entry in the registry."""
@@ -71,6 +76,24 @@ class Acceptance:
                 prepared = await self.background.run(self._catalog.prepare, name, staging, brought, parent)
             return await self._publish(prepared, staging, source, who)
 
+    async def folders(self, named: Sequence[tuple[str, Path]]) -> None:
+        """Register an operator's PEFT folders by name, those that others stand on first. Raises StartupError."""
+        while named:
+            orphans: dict[tuple[str, Path], LoraplexError] = {}
+            for name, folder in named:
+                try:
+                    added = await self.folder(name, folder)
+                except LoraplexError as error:
+                    if error.code != UNKNOWN_PARENT:
+                        raise _unserved(name, folder, error) from error
+                    orphans[name, folder] = error
+                    continue
+                if added.created:
+                    logger.info("adapter registered", adapter=added.version.model_id, folder=str(folder))
+            if len(orphans) == len(named):
+                raise _unserved(*named[0], orphans[named[0]])
+            named = list(orphans)
+
     async def folder(self, name: str, folder: Path) -> Catalogued:
         """Register an operator's PEFT folder as `name`, once: a later start finds it there."""
         brought = await self._texts.inspect(folder)
@@ -110,3 +133,7 @@ class Acceptance:
         if isinstance(error, AdapterLoadFailed) and error.code == "adapter_too_large":
             raise AdapterTooLarge(error.message)
         raise error
+
+
+def _unserved(name: str, folder: Path, error: LoraplexError) -> StartupError:
+    return StartupError(f"The adapter {name!r} in {folder} cannot be served: {error.message}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from loraplex.engine.build import EngineInfo
 from loraplex.errors import AdapterInvalid, AdapterTooLarge, InvalidName, InvalidRequest, ModelNotFound
-from loraplex.lora.parents import is_additive
+from loraplex.lora.parents import UNKNOWN_PARENT, is_additive
 from loraplex.lora.registry import Registry
 from loraplex.lora.version import Version, refuse_quarantined
 from loraplex.lora.weights import LoRAWeights
@@ -47,7 +47,7 @@ class Lineage:
             found = self._registry.get(ref.name, ref.version)
         except ModelNotFound as error:
             raise InvalidRequest(
-                f"The parent is not there. {error.message}", param="parent", code="unknown_parent"
+                f"The parent is not there. {error.message}", param="parent", code=UNKNOWN_PARENT
             ) from error
         path = self._registry.parents.path(found)
         for one in path:

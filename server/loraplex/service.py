@@ -165,15 +165,10 @@ class Service:
         return refused
 
     async def _register_folders(self, refused: frozenset[str]) -> None:
-        for name, folder in adapter_folders(self.settings):
-            if name in refused and folder.parent == self.settings.adapters:
-                continue
-            try:
-                added = await self.acceptance.folder(name, folder)
-            except LoraplexError as error:
-                raise StartupError(f"The adapter {name!r} in {folder} cannot be served: {error.message}") from error
-            if added.created:
-                logger.info("adapter registered", adapter=added.version.model_id, folder=str(folder))
+        named = adapter_folders(self.settings)
+        await self.acceptance.folders(
+            [one for one in named if one[0] not in refused or one[1].parent != self.settings.adapters]
+        )
         await asyncio.to_thread(self.catalog.sweep)
         for digest in sorted(await asyncio.to_thread(self.catalog.missing)):
             logger.warning("the files of a version are gone; push it again", digest=digest)

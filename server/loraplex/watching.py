@@ -16,6 +16,7 @@ from loraplex.errors import LoraplexError, SourceFailed, StorageFull
 from loraplex.fetching import Fetching
 from loraplex.lora.event import OPERATOR
 from loraplex.lora.files import CONFIG
+from loraplex.lora.parents import UNKNOWN_PARENT
 from loraplex.lora.staging import Staging
 from loraplex.sources.folder import FolderSource
 from loraplex.sources.transfer import Transfer
@@ -86,11 +87,11 @@ class Watching:
         try:
             self._fetching.check_name(name)
             accepted = await self._fetching.fetch_from(name, _AtRest(self._folder, name, signature), OPERATOR)
-        except (SourceFailed, StorageFull) as error:  # it may be better at the next round
-            self._pending[name] = signature
-            logger.warning("a folder could not be read", name=name, reason=error.message)
-            return
         except LoraplexError as error:
+            if isinstance(error, SourceFailed | StorageFull) or error.code == UNKNOWN_PARENT:
+                self._pending[name] = signature  # it may be better at the next round
+                logger.warning("a folder could not be taken yet", name=name, reason=error.message)
+                return
             logger.warning("a folder is not served", name=name, reason=error.message)
         else:
             logger.info("adapter taken from its folder", adapter=accepted.version.model_id, is_new=accepted.created)

@@ -1,5 +1,7 @@
 """Adapters that stand on others: a name means the sum along its path to the root."""
 
+import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,8 @@ from test_api_compositions import complete, text_of
 from transformers import AutoModelForCausalLM
 
 from loraplex.config import Settings
+from loraplex.errors import StartupError
+from loraplex.watching import Watching
 
 ECHO = {"max_tokens": 0, "echo": True, "logprobs": 0}
 
@@ -286,4 +290,86 @@ def test_a_path_fits_into_ram(make_settings: Callable[..., Settings], tmp_path: 
         pushed(server.client, "root", folders["root"])
         error = push(server.client, "leaf", folders["leaf"], "root")
         assert_error(error, 413, "request_too_large", f"--adapter-cache-bytes {sum(nbytes)}", "root@1")
+        server.check_at_rest()
+
+
+# -- by other ways than an upload's form ------------------------------------------------------------------------
+
+
+def place(folder: Path, name: str, files: Path, **profile: str) -> None:
+    """An operator's folder; its profile may name its parent."""
+    shutil.copytree(files, folder / name)
+    if profile:
+        (folder / name / "serving_profile.json").write_text(json.dumps(profile))
+
+
+def parents(client: httpx2.Client) -> dict[str, str | None]:
+    return {row["id"]: row["parent"] for row in client.get("/v1/adapters").json()["data"]}
+
+
+def test_folders_name_their_parents(make_settings: Callable[..., Settings], tmp_path: Path, folders: dict[str, Path]):
+    """In whatever order they lie there, at the start, and not anew at the next."""
+    folder = tmp_path / "adapters"
+    place(folder, "a-leaf", folders["leaf"], parent="b-mid@1")
+    place(folder, "b-mid", folders["mid"], parent="c-root")
+    place(folder, "c-root", folders["root"], parent="base")
+    settings = make_settings(tmp_path / "data", adapters=folder)
+    expected = {"a-leaf@1": "b-mid@1", "b-mid@1": "c-root@1", "c-root@1": None}
+    with LiveServer(settings) as server:
+        assert parents(server.client) == expected
+        assert server.client.get("/v1/adapters/a-leaf").json()["profile"] == {"parent": "b-mid@1"}
+        pushed(server.client, "c-root", folders["twig"])
+    with LiveServer(settings) as server:
+        expected = {"a-leaf@1": "b-mid@1", "b-mid@1": "c-root@1", "c-root@2": None}
+        assert parents(server.client) == expected, "a restart pushes nothing onto the newer version"
+        form = {"name": "a-leaf", "parent": "c-root@2"}
+        parts = parts_of(folder / "a-leaf")
+        parts["profile"] = ("serving_profile.json", (folder / "a-leaf" / "serving_profile.json").read_bytes())
+        reply = server.client.post("/v1/adapters", data=form, files=parts).json()
+        assert (reply["id"], reply["parent"]) == ("a-leaf@2", "c-root@2"), "a push knows better than its profile"
+
+
+def test_folders_without_their_parent_are_not_served(
+    make_settings: Callable[..., Settings], tmp_path: Path, folders: dict[str, Path]
+):
+    folder = tmp_path / "adapters"
+    place(folder, "leaf", folders["leaf"], parent="mid")
+    place(folder, "mid", folders["mid"], parent="leaf")
+    with (
+        pytest.raises(StartupError, match="'leaf' in .* cannot be served: The parent is not there"),
+        LiveServer(make_settings(tmp_path / "data", adapters=folder)),
+    ):
+        pass
+
+
+def test_a_watched_folder_waits_for_its_parent(
+    make_settings: Callable[..., Settings], tmp_path: Path, folders: dict[str, Path]
+):
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    settings = make_settings(tmp_path / "data", adapters=folder, watch=True, watch_interval=3600.0)
+    with LiveServer(settings) as server:
+        watching = Watching(folder, server.service.fetching, 3600.0)
+        server.call(watching.seed())
+        place(folder, "leaf", folders["leaf"], parent="root")
+        for _ in range(3):
+            server.call(watching.look())
+        assert parents(server.client) == {}
+        place(folder, "root", folders["root"])
+        for _ in range(3):
+            server.call(watching.look())
+        assert parents(server.client) == {"leaf@1": "root@1", "root@1": None}
+
+
+def test_a_source_with_a_parent(make_settings: Callable[..., Settings], tmp_path: Path, folders: dict[str, Path]):
+    settings = make_settings(tmp_path / "data", allow_adapter_root=[folders["root"].parent])
+    with LiveServer(settings) as server:
+        client = server.client
+        pushed(client, "root", folders["root"])
+        asked = {"name": "leaf", "source": str(folders["leaf"]), "parent": "root"}
+        reply = client.post("/v1/adapters", json=asked)
+        assert reply.status_code == 201, reply.text
+        assert (reply.json()["parent"], reply.json()["path"]) == ("root@1", ["root@1", "leaf@1"])
+        error = client.post("/v1/adapters", json={**asked, "parent": "nobody"})
+        assert_error(error, 400, "unknown_parent", "nobody", param="parent")
         server.check_at_rest()

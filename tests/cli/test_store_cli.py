@@ -42,6 +42,37 @@ def test_what_was_exported_is_the_same_elsewhere(draft, inside, tmp_path, kind: 
         assert again == rows, "nothing is made twice"
 
 
+def test_a_tree_is_exported_and_imported(served: Served, inside, tmp_path):  # noqa: F811
+    """A child whose name comes first, on a version that is not what its parent means now; and other numbers there."""
+    env = {"LORAPLEX_URL": served.url}
+    inside("push", REVERSE, "--name", "z-root", **env)
+    told = inside("push", UPPER, "--name", "a-leaf", "--parent", "z-root", **env).stdout
+    assert "the sum of z-root@1 + a-leaf@1" in told
+    inside("push", UPPER, "--name", "z-root", **env)
+    assert "z-root@1" in inside("ls", **env).stdout
+    assert_refused(inside("rm", "z-root", **env), "a-leaf@1")
+    assert_refused(inside("push", UPPER, "--name", "z-root", "--parent", "a-leaf", **env), "on a path twice")
+    out = tmp_path / "out"
+    inside("export", out, **env)
+    with serving(tmp_path / "data") as other:
+        there = {"LORAPLEX_URL": other.url}
+        inside("push", ROOT / "adapters" / "json", "--name", "z-root", **there)
+        rows = json.loads(inside("import", out, "--json", **there).stdout)["data"]
+        moved = {row["from"]: row["to"] for row in rows}
+        assert moved["z-root@1"] == "z-root@2"
+        assert moved["z-root@2"] == "z-root@3"
+        shown = {row["id"]: row for row in json.loads(inside("ls", "--json", **there).stdout)["data"]}
+        assert shown["a-leaf@1"]["parent"] == "z-root@2"
+        assert "z-root@3" in shown
+        assert json.loads(inside("import", out, "--json", **there).stdout)["data"] == rows, "nothing is made twice"
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["adapters"] = [one for one in manifest["adapters"] if one["name"] == "a-leaf"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert_refused(inside("import", out, **env), "lacks what these stand on: a-leaf@1")
+    for name in ("a-leaf", "z-root"):
+        inside("rm", name, **env)
+
+
 def test_an_import_of_something_else(served: Served, inside, tmp_path):  # noqa: F811
     env = {"LORAPLEX_URL": served.url}
     assert_refused(inside("import", tmp_path, **env), "manifest.json")

@@ -1,6 +1,6 @@
 """`loraplex export`, `import`: all adapters of a running server as a folder or a tar file, and into another one.
 
-    manifest.json                 names, versions, digests, and what each name means
+    manifest.json                 names, versions, digests, parents, and what each name means
     NAME@N/adapter_config.json …  the files of a version
 
 Through the server's own routes: what comes in is checked and proven there as every upload is.
@@ -24,7 +24,9 @@ from loraplex.lora.files import FILES
 from loraplex.routing.names import parse_model
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, FORMAT)
+"""Of 1 no version has a parent."""
 _PAGE = 1000
 
 
@@ -58,24 +60,25 @@ def import_(
     path: Annotated[Path, typer.Argument(help="What `loraplex export` made.")],
     json_output: Json = False,
 ) -> None:
-    """Push every version of an export, oldest first, and make each name mean what it meant.
+    """Push every version of an export, oldest first and after its parent, and make each name mean what it meant.
 
     Numbers may differ: a server counts its own. Versions that are there already are not made again.
     """
-    rows = []
+    new: dict[str, dict[str, Any]] = {}  # by what it was
     with _opened(path) as (folder, manifest):
+        base = request("GET", "/v1/models")["data"][0]["id"]
+        for name, version in _parents_first(manifest):
+            parent = version.get("parent")
+            pushed = _push(name, folder / version["folder"], base if parent is None else new[parent]["id"])
+            new[version["folder"]] = pushed
+            if not json_output:
+                Console().print(f"{version['folder']} -> {pushed['id']}", highlight=False, markup=False)
         for adapter in manifest["adapters"]:
-            new: dict[int, dict[str, Any]] = {}
-            for version in adapter["versions"]:
-                new[version["version"]] = _push(adapter["name"], folder / version["folder"])
-                rows.append({"from": version["folder"], "to": new[version["version"]]["id"]})
-                if not json_output:
-                    Console().print(f"{version['folder']} -> {rows[-1]['to']}", highlight=False, markup=False)
-            wanted = new.get(adapter["current"])
+            wanted = new.get(f"{adapter['name']}@{adapter['current']}")
             if wanted is not None:
                 request("POST", path_of(adapter["name"], "/rollback"), json={"version": wanted["version"]})
     if json_output:
-        print_json({"object": "list", "data": rows})
+        print_json({"object": "list", "data": [{"from": was, "to": now["id"]} for was, now in new.items()]})
 
 
 def _export(out: Path) -> dict[str, Any]:
@@ -88,7 +91,8 @@ def _export(out: Path) -> dict[str, Any]:
                 version = request("GET", path_of(f"{name}@{number}"))
                 (folder / version["id"]).mkdir()
                 pull_version(version, folder / version["id"], progress)
-                versions.append({"version": number, "digest": version["digest"], "folder": version["id"]})
+                row = {"version": number, "digest": version["digest"], "parent": version["parent"]}
+                versions.append({**row, "folder": version["id"]})
             if versions:
                 adapters.append({"name": name, "current": described["current"], "versions": versions})
         manifest = {"format": FORMAT, "adapters": adapters}
@@ -106,14 +110,30 @@ def _names() -> Iterator[str]:
             return
 
 
-def _push(name: str, folder: Path) -> dict[str, Any]:
+def _parents_first(manifest: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The versions with their names: those of a name in their order, and each after its parent. Raises ServerRefused
+    when there is no such order."""
+    left = {adapter["name"]: list(adapter["versions"]) for adapter in manifest["adapters"]}
+    done: set[str | None] = {None}
+    while any(left.values()):
+        before = len(done)
+        for name, versions in left.items():
+            while versions and versions[0].get("parent") in done:
+                done.add(versions[0]["folder"])
+                yield name, versions.pop(0)
+        if len(done) == before:
+            stuck = ", ".join(versions[0]["folder"] for versions in left.values() if versions)
+            raise ServerRefused(f"The export lacks what these stand on: {stuck}. Export the whole store again.")
+
+
+def _push(name: str, folder: Path, parent: str) -> dict[str, Any]:
     with ExitStack() as stack:
         parts = {
             file.part: (file.name, stack.enter_context(open(folder / file.name, "rb")))
             for file in FILES
             if (folder / file.name).is_file()
         }
-        return request("POST", "/v1/adapters", data={"name": name}, files=parts)
+        return request("POST", "/v1/adapters", data={"name": name, "parent": parent}, files=parts)
 
 
 @contextmanager
@@ -153,12 +173,12 @@ def _extract(archive: tarfile.TarFile, folder: Path) -> None:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        is_known = manifest["format"] == FORMAT
+        is_known = manifest["format"] in FORMATS
         folders = [version["folder"] for adapter in manifest["adapters"] for version in adapter["versions"]]
     except (OSError, ValueError, KeyError, TypeError) as cause:
         raise ServerRefused(f"{folder / MANIFEST} cannot be read; name what 'loraplex export' made.") from cause
     if not is_known or not all(map(_is_version, folders)):
-        raise ServerRefused(f"{folder / MANIFEST} is of another format than this release writes ({FORMAT}).")
+        raise ServerRefused(f"{folder / MANIFEST} is of another format than this release reads ({FORMAT}).")
     return manifest
 
 

@@ -16,6 +16,8 @@ from loraplex.lora.tables import versions
 from loraplex.lora.version import DELETED, READY, Version, refuse_quarantined
 from loraplex.routing.names import ModelRef
 
+UNKNOWN_PARENT = "unknown_parent"
+"""The code of an error that is none any more when the parent has come."""
 _MAX_SHOWN = 10
 
 
@@ -84,7 +86,7 @@ def check_parent(connection: Connection, parent: ModelRef, name: str, base_finge
         raise InvalidRequest(
             f"The parent {parent} was deleted meanwhile. Push the adapter again with another parent, or without one.",
             param="parent",
-            code="unknown_parent",
+            code=UNKNOWN_PARENT,
         )
     found = version_of_row(row, base_fingerprint)
     refuse_quarantined(found)
