@@ -242,14 +242,14 @@ class Service:
         named += [("stop_token_ids", token) for token in params.stop_token_ids]
         for param, token in named:
             if not 0 <= token < self.info.vocab_size:
-    def _is_idle(self) -> bool:
-        """Whether no client's request runs."""
-        return not self.num_running and not self.is_draining
-
                 raise InvalidRequest(
                     f"{param} names the token {token}, outside the vocabulary (0 to {self.info.vocab_size - 1}).",
                     param=param,
                 )
+
+    def _is_idle(self) -> bool:
+        """Whether no client's request runs."""
+        return not self.num_running and not self.is_draining
 
     def _reserve(self, num_sequences: int, lifetime: AsyncExitStack) -> None:
         """Count the request's sequences as long as it lives; refuse it when the queue would overflow."""
