@@ -20,6 +20,7 @@ REPLY = {
     "shadow": [],
     "ramp": None,
     "guard": None,
+    "gate": None,
     "deleted": True,
 }
 SEEN = {"observed_share": 0.5, "requests": 2, "failed": 1, "unavailable": 0}
@@ -49,7 +50,20 @@ def run(*arguments: str) -> str:
 
 
 def test_set_writes_the_route(sent):
-    out = run("set", "prod", "sql@3=90", "sql@4", "--sticky-by", "user", "--fallback", "base", "--guard", "sql@3")
+    out = run(
+        "set",
+        "prod",
+        "sql@3=90",
+        "sql@4",
+        "--sticky-by",
+        "user",
+        "--fallback",
+        "base",
+        "--guard",
+        "sql@3",
+        "--gate",
+        "0.9",
+    )
     assert out.startswith("prod  revision 3 by local, sticky by user")
     assert "90 %" in out
     assert 'fallback: ["sql@3"]' in out
@@ -64,6 +78,7 @@ def test_set_writes_the_route(sent):
                     "fallback": ["base"],
                     "shadow": [],
                     "guard": {"baseline": "sql@3"},
+                    "gate": {"min_pass": 0.9},
                 }
             },
         )

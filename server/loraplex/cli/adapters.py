@@ -125,7 +125,9 @@ def history(
 
 
 def _meant(what: str | dict[str, Any] | None) -> str:
-    """What a name meant: a version, or the targets of a route."""
+    """What a name meant: a version, or the targets of a route; or its evaluation set."""
+    if isinstance(what, dict) and "cases" in what:
+        return f"{what['cases']} cases ({what['digest'][:8]})"
     if isinstance(what, dict):
         return " ".join(f"{one['model']}={one['weight']:g}" for one in what["targets"])
     return what or ""

@@ -1,4 +1,4 @@
-"""`loraplex route set|show|ramp|promote|rollback|rm`: aliases that are policies, on a running server."""
+"""`loraplex route set|show|ramp|promote|rollback|rm|eval`: aliases that are policies, on a running server."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from loraplex.cli import evaluations
 from loraplex.cli.client import Json, ServerRefused, print_json, request
 
 app = typer.Typer(no_args_is_help=True, help="Aliases that split, shadow and guard traffic.", rich_markup_mode=None)
+app.add_typer(evaluations.app, name="eval")
 
 Alias = Annotated[str, typer.Argument(help="Name of the route.")]
 
@@ -28,6 +30,7 @@ def set_route(
     fallback: Annotated[list[str] | None, typer.Option(help="Answers when a target cannot; repeatable.")] = None,
     shadow: Annotated[list[str] | None, typer.Option(help="Is asked, too, and not heard; repeatable.")] = None,
     guard: Annotated[str | None, typer.Option(help="Baseline target; others that fail beside it go.")] = None,
+    gate: Annotated[float | None, typer.Option(help="What a target must pass of the evaluation set, 0 to 1.")] = None,
     file: Annotated[Path | None, typer.Option(help="The whole route as JSON, with rules and limits, instead.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -43,6 +46,7 @@ def set_route(
             "fallback": fallback or [],
             "shadow": shadow or [],
             "guard": {"baseline": guard} if guard else None,
+            "gate": None if gate is None else {"min_pass": gate},
         }
     _show(request("PUT", _path(alias), json=document), json_output)
 
@@ -143,7 +147,7 @@ def _show(reply: dict[str, Any], json_output: bool) -> None:
         one = seen.get(model)
         table.add_row(model, _percent(share), *(_observed(one) if one else ()))
     console.print(table)
-    for name in ("rules", "fallback", "shadow", "ramp", "guard"):
+    for name in ("rules", "fallback", "shadow", "ramp", "guard", "gate"):
         if reply[name]:
             console.print(f"  {name}: {json.dumps(reply[name])}", highlight=False, markup=False, soft_wrap=True)
 
