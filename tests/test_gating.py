@@ -220,4 +220,14 @@ def test_the_set_goes_with_the_route(rig: Rig):
 def test_what_cannot_be_served_has_no_identity(rig: Rig):
     assert rig.gating.identity("gone@1") is None
     rig.write_set()
+    targets = [{"model": OLD}, {"model": "gone@1", "weight": 0}]
+    rig.put(gate=None)
+    rig.registry.routes.change(
+        "prod",
+        lambda was: {**(was or {}), "targets": targets, "gate": {"min_pass": 0.0}},
+        who="me",
+        action="route_set",
+    )
+    with pytest.raises(RouteRefused, match="cannot be served now"):
+        rig.routes.promote("prod", "gone@1", who="me")
     assert rig.gating.results("prod", ["gone@1", NEW]) == {"gone@1": None, NEW: None}

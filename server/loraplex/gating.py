@@ -61,7 +61,9 @@ class Gating:
             results = self._book.results(alias, connection)
             for model, identity in identities.items():
                 if after.peak(model, at) > before.peak(model, at) + _ROUNDING:
-                    why = why_closed(after.gate, None if identity is None else results.get(identity))
+                    why = "cannot be served now"
+                    if identity is not None:
+                        why = why_closed(after.gate, results.get(identity))
                     if why is not None:
                         raise _refused(alias, model, why)
 

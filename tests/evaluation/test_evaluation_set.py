@@ -99,6 +99,7 @@ def test_a_set_has_limits():
             ['{"b": 1}', "{", "", "x {}", "[" * 9999],
         ),
         ({"json_schema": {"properties": {"a": {"pattern": "^x"}}}}, ['{"a": "xy"}', '{"a": 3}'], ['{"a": "yx"}']),
+        ({"json_schema": {"multipleOf": 0.5}}, ["1.5"], ["NaN", "-Infinity", "1e400", "1.4"]),
         ({"json_schema": {"$defs": {"n": {"type": "number"}}, "$ref": "#/$defs/n"}}, ["3"], ['"3"']),
         (
             {"json_schema": {"$schema": "http://json-schema.org/draft-07/schema#", "items": {"type": "null"}}},

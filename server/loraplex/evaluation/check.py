@@ -72,7 +72,7 @@ class Check:
 
     def _problem_json_schema(self, answer: str) -> str | None:
         try:
-            value = json.loads(answer)
+            value = json.loads(answer, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             return f"it is not JSON: {str(error)[:120]}"
         return self._compiled.problem(value)
@@ -81,3 +81,8 @@ class Check:
         if not isinstance(value, str) or not value:
             raise InvalidRequest(f"check.{self.kind}: it needs a text that is not empty")
         return value
+
+
+def _no_constant(name: str) -> None:
+    """Python reads NaN and Infinity, JSON has none."""
+    raise ValueError(f"{name} is no JSON")

@@ -56,6 +56,8 @@ class SchemaCheck:
             return "checking it leads too deep"
         except Unresolvable as error:
             return f"the schema refers to what it does not have: {str(error)[:160]}"
+        except Exception as error:  # jsonschema's arithmetic has limits that it does not name, as 1e400 % 0.1
+            return f"it cannot be checked ({type(error).__name__})"
         if error is None:
             return None
         where = "/".join(map(str, error.absolute_path))

@@ -17,7 +17,7 @@ from loraplex.errors import ModelNotFound, RouteChanged, RouteRefused
 from loraplex.lora.database import Database
 from loraplex.lora.event import EVALUATION_DELETE, EVALUATION_SET
 from loraplex.lora.rows import in_utc
-from loraplex.lora.tables import evaluation_results, evaluation_runs, evaluation_sets, events
+from loraplex.lora.tables import adapters, evaluation_results, evaluation_runs, evaluation_sets, events
 
 RUNNING, DONE, CANCELLED, INTERRUPTED = "running", "done", "cancelled", "interrupted"
 MAX_RUNS = 20
@@ -161,9 +161,8 @@ class EvaluationBook:
         )
 
         def write(connection: Connection) -> None:
-            # others who begin one wait here
-            mine = select(evaluation_sets.c.revision).where(evaluation_sets.c.alias == stored.alias)
-            connection.execute(mine.with_for_update())
+            # others who begin one, or change the route or its set, wait here
+            connection.execute(select(adapters.c.name).where(adapters.c.name == stored.alias).with_for_update())
             runs = _runs(connection, stored.alias)
             if other := next((one for one in runs if one.state == RUNNING), None):
                 raise RouteRefused(
