@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from variants import GOOD, TOKENS, Variant, make_base, set_fields, write_variant
 
 from harness import Driver, World, make_world_of, random_ids, request
 from loraplex.lora.digest import CONFIG_NAME
-from loraplex.lora.reader import AdapterReader
+from loraplex.lora.parents import is_additive
+from loraplex.lora.reader import AdapterReader, Checked
+from loraplex.lora.report import BaseFacts, report_on
 from loraplex.lora.store import AdapterStore
 
 TOLERANCE = 1e-4
@@ -31,6 +34,12 @@ class Room:
         base = self.world.base
         return AdapterReader(root, base.targets, torch.float32, MAX_RANK, base.tensor_of, base.fingerprint)
 
+    def report(self, checked: Checked) -> dict[str, Any]:
+        facts = {"dtype": checked.dtype, "compute_dtype": "float32", "value_bytes": 4, "disk_bytes": checked.nbytes}
+        base = BaseFacts(self.world.model_type, self.world.base.vocab_size)
+        targets = self.world.base.targets
+        return report_on(checked.config, checked.plan, targets, base, on_device=False, notes=(), **facts).to_json()
+
     def add(self, variant: Variant, seed: int) -> None:
         source = self.folder / str(seed)
         peer = write_variant(variant, self.world.reference, source, seed)  # type: ignore[arg-type]
@@ -42,6 +51,7 @@ class Room:
             weights = reader.read(digest)
         assert checked.facts.num_values == checked.plan.numel == weights.slab.numel()
         assert not checked.plan.notes
+        assert is_additive(self.report(checked)) == weights.is_additive, variant.name
         self.world.adapters[digest] = weights
         self.peers[variant.name] = (peer, digest)
 
