@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import stamina
 from folders import save_adapter
 from live import LiveServer, assert_error
 from test_api_completions import text_of
@@ -90,7 +91,7 @@ def test_a_server_without_roots_reads_nothing(server: LiveServer, root: Path):
 
 
 def test_a_hub_that_stumbles_is_asked_again(make_settings, root: Path, tmp_path: Path):
-    with running_hub() as hub:
+    with running_hub() as hub, stamina.set_testing(True, attempts=99, cap=True):  # as many tries, without the waits
         hub.files = {path.name: path.read_bytes() for path in (root / "one").iterdir()}
         settings = make_settings(tmp_path, allow_hub=["team/*"], hub_endpoint=hub.url, hub_token="hf_not-a-secret")
         with LiveServer(settings) as server:
