@@ -107,6 +107,8 @@ class Comparisons:
         self._engine = engine
         self._generate = generate
         self._base_name = base_name
+        self.num_ended = 0
+        self.num_scored_tokens = 0
 
     async def compare(self, request: GenerationRequest, targets: Sequence[str]) -> Comparison:
         """`request`, whatever model it names, put to all `targets`; of a route to its main target. Raises
@@ -140,6 +142,8 @@ class Comparisons:
                 raise next(answer.error for answer in answers if answer.error is not None)
             comparison_id = secrets.token_hex(12)
             scores, num_scored = await self._scored(comparison_id, answers, scorers)
+            self.num_ended += 1
+            self.num_scored_tokens += num_scored
             return Comparison(
                 comparison_id,
                 self._base_name,

@@ -110,6 +110,44 @@ def test_chats(client: httpx2.Client):
     assert reply.headers["x-ignored-params"] == "strange"
 
 
+def test_each_scorer_has_its_own_prompt(server: LiveServer, adapter_folders: dict[str, Path]):
+    """Templates, and with them the prompts, differ; the text's token ids are the same."""
+    client = server.client
+    template = b"{% for m in messages %}<|user|>say: {{ m.content }} now{% endfor %}<|assistant|>"
+    files = {**parts_of(adapter_folders["green"]), "chat_template": ("chat_template.jinja", template)}
+    assert client.post("/v1/adapters", data={"name": "own"}, files=files).is_success
+    messages = [{"role": "user", "content": "the lazy dog"}]
+    params = SamplingParams(temperature=0.0, ignore_eos=True, logprobs=0)
+    request = GenerationRequest(model="", messages=messages, params=params, max_tokens=5)
+    found = server.call(server.service.comparisons.compare(request, ["own", "red"]))
+    lengths = set()
+    for answer, scores in zip(found.answers, found.scores, strict=True):
+        for scorer, score in zip(found.scorers, scores, strict=True):
+            prompt = client.post("/tokenize", json={"model": scorer, "messages": messages}).json()["tokens"]
+            lengths.add(len(prompt))
+            body = {"model": scorer, "prompt": [*prompt, *answer.token_ids], "echo": True, "logprobs": 0}
+            echo = client.post("/v1/completions", json={**body, "max_tokens": 0}).json()
+            logprobs = echo["choices"][0]["logprobs"]["token_logprobs"]
+            assert score is not None
+            assert score.logprob == pytest.approx(sum(logprobs[len(prompt) :]), abs=1e-3)
+            assert len(score.divergences) == (5 if scorer == answer.model else 0)
+    assert len(lengths) > 1
+    assert client.delete("/v1/adapters/own").is_success
+
+
+def test_it_is_counted(client: httpx2.Client):
+    def counted() -> dict[str, float]:
+        lines = client.get("/metrics").text.splitlines()
+        return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("loraplex_comparison")}
+
+    before = counted()
+    found = compared(compare(client, ["red", "blue"]))
+    after = counted()
+    assert after["loraplex_comparisons_total"] - before["loraplex_comparisons_total"] == 1
+    name = "loraplex_comparison_scored_tokens_total"
+    assert after[name] - before[name] == found["usage"]["scored_tokens"]
+
+
 def test_a_text_of_no_tokens(client: httpx2.Client):
     """An end at once is a text, too: certain, and nowhere compared."""
     found = compared(compare(client, ["red", "blue"], max_tokens=0))
@@ -181,6 +219,14 @@ def test_a_text_that_fits_no_scorer(client: httpx2.Client):
 )
 def test_what_is_no_comparison(client: httpx2.Client, targets, body, status: int, code: str, text: str):
     assert_error(compare(client, targets, **body), status, code, text)
+
+
+@pytest.mark.parametrize("name", ['"\\ud800"', "3", "null", '"a b"', '"' + "x" * 300 + '"', '""', '"+"'])
+def test_what_is_no_name(client: httpx2.Client, name: str):
+    body = f'{{"targets": ["red", {name}], "prompt": "a"}}'
+    reply = client.post("/v1/compare", content=body, headers={"Content-Type": "application/json"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"]
 
 
 def test_an_alias_is_its_main_target(client: httpx2.Client):

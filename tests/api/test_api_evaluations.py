@@ -135,6 +135,8 @@ def test_a_run_and_its_report(server: LiveServer, routed: httpx2.Client, answers
     listed = routed.get(f"{URL}/runs").json()
     assert [(one["id"], one["report"]) for one in listed["data"]] == [(run["id"], None)]
     assert routed.get(f"{URL}/runs/latest").json() == run
+    metrics = routed.get("/metrics").text
+    assert 'loraplex_evaluation_cases_total{result="passed"}' in metrics
     alone = ran(server, targets=["blue", "base", "blue@1"])
     assert (alone["targets"], alone["total"]) == (["blue@1", "base"], 8)
 

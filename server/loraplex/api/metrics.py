@@ -93,6 +93,7 @@ class Metrics:
         info.add_metric((__version__,), 1)
         yield info
         yield from route_families(self._service.routes)
+        yield from self._measurements()
         yield _by_phase(
             "loraplex_upload_seconds",
             "An upload's way: its body to synced files, checked, proven, entered in the registry",
@@ -123,6 +124,18 @@ class Metrics:
             counter.add_metric((self.model,), value)
             yield counter
         yield from self._tiers(stats)
+
+    def _measurements(self) -> Iterable[Metric]:
+        """What this process did beside serving."""
+        cases = CounterMetricFamily("loraplex_evaluation_cases", "Answers judged in evaluations", labels=("result",))
+        cases.add_metric(("passed",), self._service.evaluations.num_passed)
+        cases.add_metric(("failed",), self._service.evaluations.num_failed)
+        yield cases
+        comparisons = self._service.comparisons
+        yield CounterMetricFamily("loraplex_comparisons", "Comparisons that ended", value=comparisons.num_ended)
+        yield CounterMetricFamily(
+            "loraplex_comparison_scored_tokens", "Tokens computed to score texts", value=comparisons.num_scored_tokens
+        )
 
     def _tiers(self, stats: EngineStats) -> Iterable[Metric]:
         size = GaugeMetricFamily("loraplex_adapter_cache_bytes", "Bytes of adapters in RAM", labels=("tier",))

@@ -275,6 +275,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raise AssertionError when any bookkeeping disagrees with itself."""
         self.scheduler.check_integrity()
+        self.runner.kept_logits.check_integrity()
         live = {seq.seq_id for seq in self.scheduler.sequences}
         assert live <= set(self._sequences), "a scheduled sequence is unknown to the engine"
         for digest in self.places.digests:
