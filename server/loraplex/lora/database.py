@@ -4,7 +4,9 @@ SQLite (write-ahead log, synchronous=FULL) on a local file system, or PostgreSQL
 return, and order writers of different processes.
 """
 
-from collections.abc import Callable, Iterator
+import sqlite3
+import threading
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,10 +50,12 @@ class Database:
             event.listen(self._engine, "connect", _prepare_sqlite)
             event.listen(self._engine, "begin", _begin_sqlite)
         self._writer = self._engine.execution_options(loraplex_writes=True)
+        self._watching = threading.Lock()
         try:
             self._migrate()
+            self._watcher = self._engine.raw_connection() if self.is_sqlite else None
         except (SQLAlchemyError, CommandError) as cause:
-            self.close()
+            self._engine.dispose()
             raise _unusable(cause) from cause
 
     def _migrate(self) -> None:
@@ -69,7 +73,23 @@ class Database:
 
     def close(self) -> None:
         """Close all connections."""
+        with self._watching:
+            if self._watcher is not None:
+                self._watcher.close()
+                self._watcher = None
         self._engine.dispose()
+
+    def revision(self) -> Hashable:
+        """Something that is equal to what it was only if nothing was committed since, by whatever process: what was
+        read after the first question is then still so. Cheaper than any query. Raises StorageFull."""
+        with self._watching:
+            if self._watcher is not None:
+                try:  # it counts the commits of all other connections; this one has none
+                    return self._watcher.cursor().execute("PRAGMA data_version").fetchone()[0]
+                except sqlite3.Error as cause:
+                    raise StorageFull(f"The registry cannot be read: {cause}. Check the data directory.") from cause
+        with self.reading() as connection:  # which transactions one sees; numbers alone would commit out of order
+            return connection.execute(text("SELECT CAST(pg_current_snapshot() AS text)")).scalar_one()
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

@@ -11,7 +11,7 @@ is on top again. Versions with 0 count only where there is no other: then the ne
 A quarantined version keeps its precedence: what it is the meaning of gets an error, and no other version in its place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -64,6 +64,7 @@ class Registry:
         self.evaluations = EvaluationBook(self._database)
         self.pins = Pins(self._database, base_fingerprint)
         self.parents = Parents(self._database, base_fingerprint)
+        self._listed: tuple[Hashable, Sequence[Version]] = (None, ())  # all that names mean, at a revision
         self._is_mine = _IS_READY & (versions.c.base_fingerprint == base_fingerprint)
 
     def close(self) -> None:
@@ -274,8 +275,16 @@ class Registry:
             .where(ranked.c.place == 1)
             .order_by(versions.c.name)
         )
+        is_all = offset == 0 and limit is None
+        revision = self._database.revision() if is_all else None  # asked first: it may be older than what is read
+        known, found = self._listed
+        if is_all and revision == known:
+            return found
         with self._database.reading() as connection:
-            return self._all(connection, _page(query, offset, limit))
+            found = self._all(connection, _page(query, offset, limit))
+        if is_all:
+            self._listed = (revision, found)
+        return found
 
     def versions(self, name: str) -> Sequence[Version]:
         """The versions of `name` that are not deleted, newest first; empty if there are none."""
