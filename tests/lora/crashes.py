@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from disk_tier import digest_of, opened
-from registry_model import CONTENTS, RegistryModel, alias_of
+from registry_model import CONTENTS, RegistryModel, alias_of, child_of
 
 from loraplex.lora.steps import STEPS
 
@@ -29,10 +29,13 @@ Operation = tuple[str, str, int | None]
 
 def operations(rng: random.Random, names: list[str], count: int, *, damages: bool) -> list[Operation]:
     verbs = ["push"] * 6 + ["rollback"] * 3 + ["delete"] * 2 + ["sweep"] + ["route"] * 4 + ["damage"] * 2 * damages
+    verbs += ["child"] * 3 + ["prune"] * 2
     made: list[Operation] = []
     while len(made) < count:
         verb, name = rng.choice(verbs), rng.choice(names)
-        number = rng.randrange(len(CONTENTS)) if verb in ("push", "damage") else rng.choice([None, None, 1, 2, 3])
+        number = (
+            rng.randrange(len(CONTENTS)) if verb in ("push", "child", "damage") else rng.choice([None, None, 1, 2, 3])
+        )
         number = rng.choice([None, 1, 2, 3]) if verb == "route" else number
         made.append((verb, name, number))
         if verb == "damage":
@@ -50,7 +53,7 @@ def leading_to(step: str, rng: random.Random) -> list[Operation]:
         return [("route", "a", 7), ("route", "a", None), ("route", "a", 8), ("route", "b", 8)]
     if step.startswith("rollback:"):
         return [*pushes, ("rollback", "a", None)]
-    return [*pushes, ("delete", "b", None), ("delete", "a", None), *pushes]
+    return [*pushes, *(("prune", name, None) for name in "ba"), *(("delete", name, None) for name in "ba"), *pushes]
 
 
 class Killer:
@@ -117,7 +120,7 @@ def check(root: Path, url: str, candidates: list[RegistryModel], damaged: set[in
         )
         assert not tier.staged, tier.staged
         for content in damaged & model.contents:  # a person pushes it again; that changes what the name means
-            name = next(name for name, one in sorted(model.names.items()) if content in one.ready.values())
+            name = next(name for name, one in sorted(model.names.items()) if content in dict(one.ready.values()))
             tier.do("push", name, content)
             model = model.after(("push", name, content))
         assert not tier.broken(live)
@@ -162,7 +165,7 @@ def three_at_once(root: Path, url: str, rng: random.Random, rounds: int) -> Coun
     kills: Counter[str] = Counter()
     models = [RegistryModel() for _ in range(3)]
     for _ in range(rounds):
-        todos = [operations(rng, [f"name{number}"], 12, damages=False) for number in range(3)]
+        todos = [operations(rng, [f"name{number}"], 18, damages=False) for number in range(3)]
         steps = [rng.choice(STEPS) for _ in todos]
         running = [
             fork(root, url, todo, Killer(step, rng.randint(1, 4))) for todo, step in zip(todos, steps, strict=True)
@@ -191,7 +194,7 @@ def three_at_once(root: Path, url: str, rng: random.Random, rounds: int) -> Coun
 
 def part(seen: dict[str, Any], name: str) -> dict[str, Any]:
     """What is seen of one name."""
-    ours = {name, alias_of(name)}
+    ours = {name, alias_of(name), child_of(name)}
     found = {key: {one: of for one, of in seen[key].items() if one in ours} for key in ("names", "routes")}
     return {**found, "events": [event for event in seen["events"] if event[1] in ours]}
 

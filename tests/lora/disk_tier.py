@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from registry_model import CONTENTS, alias_of
+from registry_model import CONTENTS, alias_of, child_of
 
 from loraplex.errors import AdapterConflict, ModelNotFound
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME, adapter_digest, file_sha256
@@ -17,6 +17,7 @@ from loraplex.lora.files import CONFIG, WEIGHTS
 from loraplex.lora.registry import Registry
 from loraplex.lora.steps import Step, unwatched
 from loraplex.lora.store import AdapterStore
+from loraplex.routing.names import ModelRef
 
 CONFIG_BYTES = b"config"
 FACTS = AdapterFacts(8, 16.0, True, 14, ("q_proj",), "BF16", 12345, 678)
@@ -41,19 +42,27 @@ class DiskTier:
         """An operation. What is refused because of what the name is changes nothing."""
         getattr(self, f"_{verb}")(name, number)
 
-    def _push(self, name: str, content: int) -> None:
+    def _child(self, name: str, content: int) -> None:
+        with suppress(ModelNotFound):
+            self._push(child_of(name), content, self.registry.get(name).ref)
+
+    def _prune(self, name: str, version: int | None) -> None:
+        self._delete(child_of(name), version)
+
+    def _push(self, name: str, content: int, parent: ModelRef | None = None) -> None:
         with self.store.stage() as staging:
             for file, data in ((CONFIG, CONFIG_BYTES), (WEIGHTS, CONTENTS[content])):
                 with staging.open(file) as stream:
                     stream.write(data)
-            self.registry.publish(name, self.store.commit(staging), FACTS, source="upload", who="me")
+            digest = self.store.commit(staging)
+            self.registry.publish(name, digest, FACTS, source="upload", who="me", parent=parent)
 
     def _rollback(self, name: str, to: int | None) -> None:
         with suppress(AdapterConflict, ModelNotFound):
             self.registry.rollback(name, to, who="me")
 
     def _delete(self, name: str, version: int | None) -> None:
-        with suppress(ModelNotFound):
+        with suppress(AdapterConflict, ModelNotFound):
             self.registry.delete(name, version, who="me")
         self._sweep(name, None)
 
@@ -76,7 +85,8 @@ class DiskTier:
         """What the registry says, in the words of `RegistryModel.seen`."""
         names: dict[str, Any] = {}
         for one in self.registry.list():
-            versions = {v.version: CONTENT_OF[v.digest] for v in self.registry.versions(one.name)}
+            found = self.registry.versions(one.name)
+            versions = {v.version: (CONTENT_OF[v.digest], v.parent and v.parent.version) for v in found}
             names[one.name] = {
                 "versions": dict(sorted(versions.items())),
                 "current": self.registry.get(one.name).version,

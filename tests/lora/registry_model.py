@@ -8,12 +8,16 @@ CONTENTS = tuple(b"weights %d" % number for number in range(5))
 """The weights files that operations push, by number."""
 
 
+Made = tuple[int, int | None]
+"""What a version is made of: the number of its content, and the version of its parent (None: it has none)."""
+
+
 @dataclass
 class Name:
     """`live` holds the versions in the order in which they went live, without those that were rolled back from."""
 
     last: int = 0
-    ready: dict[int, int] = field(default_factory=dict)  # version -> number of its content
+    ready: dict[int, Made] = field(default_factory=dict)
     live: list[int] = field(default_factory=list)
 
     @property
@@ -24,8 +28,9 @@ class Name:
 @dataclass
 class RegistryModel:
     """An operation is (verb, name, number): push a content, rollback (to a version, or None), delete (a version, or
-    None for all), route (the name's own alias to a number, or None to delete it). One that the registry refuses
-    changes nothing here."""
+    None for all), route (the name's own alias to a number, or None to delete it), child (push a content under the
+    name's own child, on top of what the name means), prune (delete a version of that child, or None for all). One that
+    the registry refuses changes nothing here."""
 
     names: dict[str, Name] = field(default_factory=dict)
     routes: dict[str, list[int | None]] = field(default_factory=dict)  # what every revision says; None: deleted
@@ -39,15 +44,26 @@ class RegistryModel:
         return changed
 
     def push(self, name: str, content: int) -> None:
+        self._push(name, (content, None))
+
+    def child(self, name: str, content: int) -> None:
+        parent = self.names.get(name, Name()).current
+        if parent is not None:
+            self._push(child_of(name), (content, parent))
+
+    def prune(self, name: str, version: int | None) -> None:
+        self.delete(child_of(name), version)
+
+    def _push(self, name: str, made: Made) -> None:
         one = self.names.setdefault(name, Name())
         was = one.current
-        if was is not None and one.ready[was] == content:
+        if was is not None and one.ready[was] == made:
             return
-        # of several the one that went live last, else the newest: a content has one version, so there is one at most
-        same = [version for version, of in one.ready.items() if of == content]
+        # of several the one that went live last, else the newest: what is the same is one version, so there is one
+        same = [version for version, of in one.ready.items() if of == made]
         version = same[0] if same else one.last + 1
         one.last = max(one.last, version)
-        one.ready[version] = content
+        one.ready[version] = made
         one.live = [other for other in one.live if other != version] + [version]
         self.events.append(("push", name, version, was, version))
 
@@ -67,6 +83,9 @@ class RegistryModel:
         one = self.names.get(name, Name())
         was = one.current
         chosen = sorted(one.ready) if version is None else [version] if version in one.ready else []
+        children = self.names.get(child_of(name), Name()).ready.values()
+        if any(parent in chosen for _, parent in children):
+            return
         for number in chosen:
             del one.ready[number]
             one.live = [other for other in one.live if other != number]
@@ -100,8 +119,12 @@ class RegistryModel:
 
     @property
     def contents(self) -> set[int]:
-        return {content for one in self.names.values() for content in one.ready.values()}
+        return {content for one in self.names.values() for content, _ in one.ready.values()}
 
 
 def alias_of(name: str) -> str:
     return f"to-{name}"
+
+
+def child_of(name: str) -> str:
+    return f"on-{name}"

@@ -67,3 +67,15 @@ def test_the_model_of_what_should_be_there():
     assert model.after(("rollback", "a", 2)).names["a"].live == [2]
     assert model.after(("delete", "a", None)).seen()["names"] == {}
     assert [event[0] for event in model.events] == ["push", "push", "rollback", "push", "rollback", "delete"]
+
+
+def test_the_model_of_trees():
+    model = RegistryModel()
+    for operation in [("push", "a", 0), ("child", "a", 1), ("push", "a", 2), ("child", "a", 1), ("child", "b", 1)]:
+        model = model.after(operation)
+    assert model.names["on-a"].ready == {1: (1, 1), 2: (1, 2)}
+    assert "on-b" not in model.names
+    assert model.after(("delete", "a", None)).seen() == model.seen(), "others stand on it"
+    model = model.after(("prune", "a", 2)).after(("delete", "a", 1)).after(("delete", "a", 2))
+    assert model.names["a"].ready == {1: (0, None)}
+    assert model.after(("prune", "a", None)).after(("delete", "a", None)).seen()["names"] == {}

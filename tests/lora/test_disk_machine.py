@@ -1,5 +1,5 @@
 """Two processes on one store and registry, against the slow model of `registry_model`: any order of pushes, rollbacks,
-deletions, sweeps, holds, uploads under way, refusing disks and deaths."""
+deletions, children, sweeps, holds, uploads under way, refusing disks and deaths."""
 
 import errno
 import os
@@ -93,6 +93,16 @@ class DiskMachine(RuleBasedStateMachine):
         for content in contents:
             if self.do(at, "push", name, content):
                 self.damaged.discard(content)
+
+    @rule(at=PROCESSES, name=NAMES, content=CONTENT)
+    def push_child(self, at: int, name: str, content: int) -> None:
+        has_parent = name in self.model.seen()["names"]
+        if self.do(at, "child", name, content) and has_parent:
+            self.damaged.discard(content)
+
+    @rule(at=PROCESSES, name=NAMES, version=VERSION)
+    def delete_child(self, at: int, name: str, version: int | None) -> None:
+        assert self.do(at, "prune", name, version)
 
     @rule(at=PROCESSES, name=NAMES, to=VERSION)
     def roll_back(self, at: int, name: str, to: int | None) -> None:
