@@ -31,7 +31,7 @@ from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.tiers import TIMEOUT
 from three_tiers import POISON, SEQUENCES, WAITING, Clock, Disk, Inline, Server, bench
-from tiers_model import TiersModel
+from tiers_model import TiersModel, number_of
 
 
 class Neighbour:
@@ -286,7 +286,7 @@ def expected(model: TiersModel) -> dict[str, Any]:
         return "quarantined" if (name, version) in model.quarantined else "ready"
 
     return {
-        name: (one.current, {version: (of, state(name, version)) for version, of in one.ready.items()})
+        name: (one.current, {version: (number_of(of), state(name, version)) for version, of in one.ready.items()})
         for name, one in model.names.items()
         if one.ready
     }

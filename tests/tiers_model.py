@@ -10,6 +10,11 @@ Ref = tuple[str, int | None]
 """A name and a version of it; None: whatever it means."""
 
 
+def number_of(made: int | tuple[int, int | None]) -> int:
+    """The content of a version, of which the parent may be noted, too."""
+    return made if isinstance(made, int) else made[0]
+
+
 @dataclass
 class TiersModel(RegistryModel):
     pins: set[Ref] = field(default_factory=set)
@@ -17,7 +22,7 @@ class TiersModel(RegistryModel):
 
     def push(self, name: str, content: int) -> None:
         one = self.names.setdefault(name, Name())
-        same = [version for version, of in one.ready.items() if of == content]
+        same = [version for version, of in one.ready.items() if number_of(of) == content]
         was = one.current
         if was in same and (name, was) in self.quarantined:
             self.events.append(("push", name, was, was, was))
@@ -35,7 +40,7 @@ class TiersModel(RegistryModel):
     def quarantine(self, content: int) -> None:
         for name, one in sorted(self.names.items()):
             for version in sorted(one.ready):
-                if one.ready[version] == content and (name, version) not in self.quarantined:
+                if number_of(one.ready[version]) == content and (name, version) not in self.quarantined:
                     self.quarantined.add((name, version))
                     self.events.append(("quarantine", name, version, one.current, one.current))
 
@@ -46,7 +51,7 @@ class TiersModel(RegistryModel):
         version = one.current if version is None else version
         if version is None or version not in one.ready:
             return ModelNotFound
-        return AdapterQuarantined if (name, version) in self.quarantined else (version, one.ready[version])
+        return AdapterQuarantined if (name, version) in self.quarantined else (version, number_of(one.ready[version]))
 
     def drop_pins(self) -> None:
         """Of what is not there any more."""
