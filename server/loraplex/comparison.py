@@ -65,7 +65,7 @@ class Comparison:
     scores: Sequence[Sequence[Score | None]]
     num_prompt_tokens: int
     num_completion_tokens: int
-    num_scored_tokens: int  # computed again to score texts, prompts included
+    num_scored_tokens: int  # of all that was scored, prompts included, wherever they came from
 
 
 @dataclass(slots=True)

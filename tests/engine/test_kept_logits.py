@@ -77,6 +77,29 @@ def test_prompts_of_different_lengths(world: World):
     assert [one.divergence for one in reported(outcomes["nothing"])] == [None] * len(TEXT)
 
 
+def test_the_prompt_before_the_text_may_come_from_the_prefix_cache(world: World):
+    """And gives the same floats; where the logits of all of it are asked for, it may not."""
+    with world.engine() as engine:
+        driver = Driver(engine)
+        driver.add(score("cold", [*PROMPT, *TEXT]))
+        driver.run()
+        for first in (FIRST, 9, 7, 0):
+            driver.add(score(f"from {first}", [*PROMPT, *TEXT], first=first))
+        outcomes = driver.run()
+    size = engine.config.block_size
+    assert size == 8
+    cached = {name: outcome.outputs[0].num_cached_tokens for name, outcome in outcomes.items()}
+    assert cached == {"cold": 0, f"from {FIRST}": FIRST // size * size, "from 9": 8, "from 7": 0, "from 0": 0}
+    cold = reported(outcomes["cold"])
+    for first in (FIRST, 9, 7, 0):
+        found = reported(outcomes[f"from {first}"])
+        assert len(found) == len(PROMPT) + len(TEXT) - 1 - first
+        own = found[-len(TEXT) :]
+        if world.is_batch_invariant:
+            assert own == cold
+        assert [one.logprob for one in own] == pytest.approx([one.logprob for one in cold], abs=1e-3)
+
+
 def test_what_is_kept_first_goes_first():
     rows = torch.randn(4, 8)
     kept = KeptLogits(max_bytes=8 * rows[0].nbytes)

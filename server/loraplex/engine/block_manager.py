@@ -39,12 +39,13 @@ class BlockManager:
     def match_prefix(self, seq: Sequence) -> list[int]:
         """The cached blocks that begin `seq`, at most so many that one token is left to compute.
 
-        A sequence that needs the logits of its prompt reads nothing from the cache: they are not stored there.
+        Of a prompt whose logits it needs a sequence reads nothing from the cache: they are not stored there.
         """
+        limit = seq.num_tokens - 1
         if seq.wants_prompt_logprobs:
-            return []
+            limit = min(limit, seq.request.params.prompt_logprobs_from)
         blocks = []
-        for index in range((seq.num_tokens - 1) // self.block_size):
+        for index in range(limit // self.block_size):
             block = self._block_of.get(self._block_hash(seq, index))
             if block is None:
                 break
