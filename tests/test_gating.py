@@ -1,6 +1,10 @@
 """The gate of a route: promotions, ramps and weights wait for a pass, on both databases, by a clock that is given."""
 
+import hashlib
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -231,3 +235,45 @@ def test_what_cannot_be_served_has_no_identity(rig: Rig):
     with pytest.raises(RouteRefused, match="cannot be served now"):
         rig.routes.promote("prod", "gone@1", who="me")
     assert rig.gating.results("prod", ["gone@1", NEW]) == {"gone@1": None, NEW: None}
+
+
+def test_no_promotion_slips_between_a_pass_and_another_set(rig: Rig):
+    """The events are in the order of the changes: no promotion comes while the set is one that nobody has passed."""
+    stop = threading.Event()
+    outcomes: Counter[str] = Counter()
+
+    def promote() -> None:
+        while not stop.is_set():
+            try:
+                rig.routes.promote("prod", NEW, who="me")
+                rig.put()
+                outcomes["promoted"] += 1
+            except RouteRefused:
+                outcomes["refused"] += 1
+
+    with ThreadPoolExecutor(2) as pool:
+        promoting = [pool.submit(promote) for _ in range(2)]
+        try:
+            for _ in range(12):
+                rig.write_set(b"one")
+                rig.reach(NEW, 10)
+                rig.write_set(b"two")
+        finally:
+            stop.set()
+        for one in promoting:
+            one.result()
+    assert outcomes["refused"] > 0
+    rig.write_set(b"one")
+    rig.reach(NEW, 10)
+    rig.routes.promote("prod", NEW, who="me")
+    sets = {digest_of(content): content for content in (b"one", b"two")}
+    present = b""
+    for event in reversed(rig.registry.events("prod", limit=10_000)[0]):
+        if event.action == "evaluation_set":
+            present = sets[event.detail["now"]["digest"]]
+        elif event.action == "route_promote":
+            assert present == b"one"
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
