@@ -9,6 +9,7 @@ import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
+from math import isfinite
 from typing import Any
 
 from loraplex.catalog import AdapterCatalog, Prepared
@@ -76,14 +77,11 @@ class PathProof:
             async for output in outputs:
                 found += output.prompt_logprobs
                 if output.failure is not None and output.failure.code == NON_FINITE:
-                    raise AdapterInvalid(
-                        "Together with its parents the adapter gives NaN or infinity on this base, though each of them "
-                        "alone does not. Check that it was trained on top of them, or push it with another parent.",
-                        param="parent",
-                        code="proof_failed",
-                    )
+                    raise _not_finite()
                 if output.failure is not None:
                     raise as_error(output.failure)
+        if not all(isfinite(one.divergence or 0.0) for one in found):
+            raise _not_finite()
         return found
 
     @asynccontextmanager
@@ -92,6 +90,15 @@ class PathProof:
             yield
         finally:
             await asyncio.shield(self._engine.command("forget_logits", names=[kept]))
+
+
+def _not_finite() -> AdapterInvalid:
+    return AdapterInvalid(
+        "Together with its parents the adapter gives NaN or infinity on this base, though each of them alone does not. "
+        "Check that it was trained on top of them, or push it with another parent.",
+        param="parent",
+        code="proof_failed",
+    )
 
 
 def _sum(digests: Iterable[str], sizes: Mapping[str, int]) -> Composition:

@@ -201,6 +201,11 @@ def test_logits_that_are_finite_and_beyond_use(world: World):
     assert moderate is not None
     factor = 1e30 * 3e38 / moderate.max_difference  # the largest logit is just below the end of float32
     refused(world, changed(weights, lambda slab: slab * factor), "so large that probabilities")
+    factor = 1e30 * 3e38 / moderate.max_kl  # every distance is within float32, and their sum is not
+    found = prove(world, changed(weights, lambda slab: slab * factor)).divergence
+    assert found is not None
+    assert math.isfinite(found.mean_kl)
+    assert 8 * found.mean_kl > 3.5e38
 
 
 def test_rows_of_tokens_that_no_fixed_text_has(world: World):

@@ -340,7 +340,7 @@ class AdapterProof:
                 "lora_alpha and the matrices are not so small that they vanish in rounding."
             )
         base, adapter = logits.base.log_softmax(-1), logits.adapter.log_softmax(-1)
-        kl = (base.exp() * (base - adapter)).sum(-1).clamp_(min=0)
+        kl = (base.exp() * (base - adapter)).sum(-1).clamp_(min=0).double()  # their mean may be beyond float32
         difference = (logits.adapter - logits.base).abs().max()
         if not bool(kl.isfinite().all() & difference.isfinite()):
             raise Refuted(
