@@ -134,7 +134,9 @@ class Metrics:
         comparisons = self._service.comparisons
         yield CounterMetricFamily("loraplex_comparisons", "Comparisons that ended", value=comparisons.num_ended)
         yield CounterMetricFamily(
-            "loraplex_comparison_scored_tokens", "Tokens of texts that were scored, and of prompts", value=comparisons.num_scored_tokens
+            "loraplex_comparison_scored_tokens",
+            "Tokens of texts that were scored, and of prompts",
+            value=comparisons.num_scored_tokens,
         )
 
     def _tiers(self, stats: EngineStats) -> Iterable[Metric]:

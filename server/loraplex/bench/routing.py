@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, cast
 
+from loraplex.gating import Gating
 from loraplex.lora.event import ROUTE_SET
 from loraplex.lora.registry import Registry
 from loraplex.lora.route_revisions import RouteRevisions
@@ -107,7 +108,7 @@ class RoutingBench:
             changes.append(time.perf_counter() - started)
 
         def load() -> None:
-            routes = Routes(book, cast(Names, None), "base")  # to load, no name is asked for
+            routes = Routes(book, cast(Names, None), "base", cast(Gating, None))  # to load, neither is asked
             routes.load()
 
         return {
