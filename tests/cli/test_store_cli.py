@@ -7,6 +7,8 @@ import tarfile
 import pytest
 from test_cli import ROOT, Served, assert_refused, inside, served, serving  # noqa: F401
 
+from forks import Forks
+
 UPPER, REVERSE = ROOT / "adapters" / "upper", ROOT / "adapters" / "reverse"
 
 
@@ -22,7 +24,7 @@ def draft(served: Served, inside):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["folder", "file.tar"])
-def test_what_was_exported_is_the_same_elsewhere(draft, inside, tmp_path, kind: str):  # noqa: F811
+def test_what_was_exported_is_the_same_elsewhere(draft, inside, tmp_path, kind: str, forks: Forks):  # noqa: F811
     env, first = draft
     out = tmp_path / kind
     manifest = json.loads(inside("export", out, "--json", **env).stdout)
@@ -31,7 +33,7 @@ def test_what_was_exported_is_the_same_elsewhere(draft, inside, tmp_path, kind: 
     assert len(exported["versions"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == [kind], "nothing temporary is left"
     assert_refused(inside("export", out, **env), "is there already")
-    with serving(tmp_path / "data") as other:
+    with serving(tmp_path / "data", forks.start) as other:
         there = {"LORAPLEX_URL": other.url}
         rows = json.loads(inside("import", out, "--json", **there).stdout)["data"]
         assert [row["to"] for row in rows if row["from"].startswith("draft@")] == ["draft@1", "draft@2"]
@@ -42,7 +44,7 @@ def test_what_was_exported_is_the_same_elsewhere(draft, inside, tmp_path, kind: 
         assert again == rows, "nothing is made twice"
 
 
-def test_a_tree_is_exported_and_imported(served: Served, inside, tmp_path):  # noqa: F811
+def test_a_tree_is_exported_and_imported(served: Served, inside, tmp_path, forks: Forks):  # noqa: F811
     """A child whose name comes first, on a version that is not what its parent means now; and other numbers there."""
     env = {"LORAPLEX_URL": served.url}
     inside("push", REVERSE, "--name", "z-root", **env)
@@ -54,7 +56,7 @@ def test_a_tree_is_exported_and_imported(served: Served, inside, tmp_path):  # n
     assert_refused(inside("push", UPPER, "--name", "z-root", "--parent", "a-leaf", **env), "on a path twice")
     out = tmp_path / "out"
     inside("export", out, **env)
-    with serving(tmp_path / "data") as other:
+    with serving(tmp_path / "data", forks.start) as other:
         there = {"LORAPLEX_URL": other.url}
         inside("push", ROOT / "adapters" / "json", "--name", "z-root", **there)
         rows = json.loads(inside("import", out, "--json", **there).stdout)["data"]
