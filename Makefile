@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 DATA ?= .loraplex
 PORT ?= 8000
+# processes that run tests; each takes up to 2 GB
+WORKERS ?= 2
 
 .PHONY: help run test test-slow fuzz check format bench demo demo-model matrix coverage clean
 
@@ -38,7 +40,7 @@ demo: $(STAMP)
 	$(BIN)/loraplex demo
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m "not slow and not fuzz"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not fuzz"
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m slow
