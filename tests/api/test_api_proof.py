@@ -119,7 +119,7 @@ class TestProof:
     def test_a_proof_that_finds_no_time(self, server, client, adapter_folders, monkeypatch):
         proofs = Proofs(server, monkeypatch)
         blobs = server.service.catalog.store.digests()
-        monkeypatch.setattr(server.service._acceptance, "_proof_timeout", 1e-9)
+        monkeypatch.setattr(server.service.acceptance, "_proof_timeout", 1e-9)
         reply = push(client, "late", adapter_folders["green"])
         assert_error(reply, 503, "proof_timeout", "--proof-timeout", "Send it again")
         assert int(reply.headers["retry-after"]) > 0
