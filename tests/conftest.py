@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 prepare_process()
 
+import torch  # noqa: E402  after the settings it reads
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run on the CPU
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator["Postgres"]:

@@ -3,21 +3,28 @@
 On a CPU a place holds the RAM tier's own slab: no copy. On another device it holds a copy. The tables are [modules,
 places]; every LoRA layer sees its row as a `ModulePool`. A stack of E experts has a table of its own, of places · E
 (see `ExpertTable`). Written only by the runner, between forward passes.
+
+Kernels on another device read the same from a table there (`ModulePool.table`), which is written in the order of the
+stream: no kernel of an earlier step can see it, and nobody waits.
 """
 
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import prod
 
 import torch
 
 from loraplex.engine.durations import Durations
 from loraplex.lora.weights import Extra, LoRAWeights, ModuleDelta, ModuleShape
-from loraplex.ops import ModulePool
+from loraplex.ops import ModulePool, module_table
 
 
 class AdapterPool:
-    def __init__(self, targets: Mapping[str, ModuleShape], num_places: int, device: torch.device):
+    def __init__(
+        self, targets: Mapping[str, ModuleShape], num_places: int, device: torch.device, with_tables: bool = False
+    ):
+        """`with_tables`: the kernels read places and ranks on the device (`triton_ops`)."""
         self.num_places = num_places
         self._device = device
         self._targets = targets
@@ -36,6 +43,9 @@ class AdapterPool:
         self._offset_a = torch.zeros(size, dtype=torch.int64)
         self._offset_b = torch.zeros(size, dtype=torch.int64)
         self._scaling = torch.zeros(size, dtype=torch.float32)
+        is_aligned = with_tables and _are_matrices_aligned(targets)
+        tables = torch.zeros(*size, 4, dtype=torch.int64, device=device) if with_tables else None
+        self._tables = tables
         self.modules = {
             name: ModulePool(
                 shape.in_features,
@@ -46,11 +56,15 @@ class AdapterPool:
                 self._offset_a[row],
                 self._offset_b[row],
                 self._scaling[row],
+                None if tables is None else tables[row],
+                is_aligned,
             )
             for row, (name, shape) in enumerate(linears.items())
         }
         self._experts = {
-            name: ExpertTable(shape, num_places) for name, shape in targets.items() if shape.kind == "experts"
+            name: ExpertTable(shape, num_places, device if with_tables else None, is_aligned)
+            for name, shape in targets.items()
+            if shape.kind == "experts"
         }
         self.modules |= {name: table.pool for name, table in self._experts.items()}
 
@@ -74,6 +88,10 @@ class AdapterPool:
             at = torch.tensor(rows)
             for table, column in zip((self._rank, self._offset_a, self._offset_b, self._scaling), columns, strict=True):
                 table[at, place] = torch.tensor(column, dtype=table.dtype)
+        if self._tables is not None:
+            own = (self._address[place].expand(len(self._rank)), self._rank[:, place], self._offset_a[:, place])
+            rows = module_table(*own, self._offset_b[:, place], self._scaling[:, place], slab.element_size())
+            _write(self._tables[:, place], rows)
         if not weights.is_additive:
             self._is_additive[place] = False
             for name in weights.modules.keys() | weights.replaced.keys():
@@ -88,6 +106,8 @@ class AdapterPool:
         self._digests[place] = None
         self._address[place] = 0
         self._rank[:, place] = 0
+        if self._tables is not None:
+            self._tables[:, place] = 0
         for table in self._experts.values():
             table.clear(place)
         if not self._is_additive[place]:
@@ -124,7 +144,8 @@ class AdapterPool:
 class ExpertTable:
     """The places of one stack of E experts: expert e of the adapter in `place` is at place · E + e."""
 
-    def __init__(self, shape: ModuleShape, num_places: int):
+    def __init__(self, shape: ModuleShape, num_places: int, device: torch.device | None, is_aligned: bool):
+        """`device`: where kernels read the table, if they do."""
         self._shape = shape
         size = num_places * shape.num_experts
         long = torch.int64
@@ -133,6 +154,7 @@ class ExpertTable:
         self._offset_a, self._offset_b = torch.zeros(size, dtype=long), torch.zeros(size, dtype=long)
         self._scaling = torch.zeros(size, dtype=torch.float32)
         self._slabs: list[torch.Tensor | None] = [None] * size
+        self._table = None if device is None else torch.zeros(size, 4, dtype=long, device=device)
         self.pool = ModulePool(
             shape.in_features,
             shape.out_features,
@@ -142,6 +164,8 @@ class ExpertTable:
             self._offset_a,
             self._offset_b,
             self._scaling,
+            self._table,
+            is_aligned,
         )
 
     def _entries(self, place: int) -> slice:
@@ -155,9 +179,30 @@ class ExpertTable:
         self._offset_a[entries] = delta.offset_a + experts * delta.rank * self._shape.in_features
         self._offset_b[entries] = delta.offset_b + experts * delta.rank * self._shape.out_features
         self._scaling[entries] = delta.scaling
+        if self._table is not None:
+            own = (self._address[entries], self._rank[entries], self._offset_a[entries], self._offset_b[entries])
+            _write(self._table[entries], module_table(*own, self._scaling[entries], slab.element_size()))
 
     def clear(self, place: int) -> None:
         entries = self._entries(place)
         self._slabs[entries] = [None] * self._shape.num_experts
         self._address[entries] = 0
         self._rank[entries] = 0
+        if self._table is not None:
+            self._table[entries] = 0
+
+
+def _write(table: torch.Tensor, rows: torch.Tensor) -> None:
+    """Host rows into a table on a device, without waiting: pinned memory is kept by torch until they are there."""
+    table.copy_(rows.pin_memory() if table.is_cuda else rows, non_blocking=True)
+
+
+def _are_matrices_aligned(targets: Mapping[str, ModuleShape]) -> bool:
+    """Whether every matrix in every adapter's slab starts at a multiple of 8 numbers, whatever the ranks are: what
+    stands in a slab is so many rows of one of these lengths."""
+    for shape in targets.values():
+        lengths = [] if shape.kind == "leaf" else [shape.in_features, shape.out_features]
+        lengths += [prod(sizes[1:] or sizes) for sizes in shape.parameters.values()]
+        if any(length % 8 for length in lengths):
+            return False
+    return True

@@ -85,6 +85,9 @@ class BatchBuffers:
             self._tensor(self._block_tables[:count]),
             self._tensor(self._slots[:token]),
             self._block_size,
+            max(entry.num_new_tokens for entry in batch.entries),
+            min(entry.num_new_tokens for entry in batch.entries),
+            int(self._seq_lens[:count].max()),
         )
         return ForwardBatch(
             self._tensor(self._input_ids[:padded]).unsqueeze(0),

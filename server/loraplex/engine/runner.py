@@ -47,7 +47,8 @@ class ModelRunner:
         self.probe_blocks = [range(start, start + each) for start in range(config.num_blocks, num_blocks, each)]
         self.probe_place = config.max_loras
         self.cache = KVCache(dict(geometry), num_blocks, config.block_size, base.dtype, base.device)
-        self.pool = AdapterPool(base.targets, config.max_loras + 1, base.device)
+        with_tables = getattr(self.ops, "READS_TABLES", False)
+        self.pool = AdapterPool(base.targets, config.max_loras + 1, base.device, with_tables)
         self.merged: dict[str, MergedWeights] = {}  # written by `install` and `remove`
         self._context = StepContext()
         wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)

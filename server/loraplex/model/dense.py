@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from loraplex.ops import LoRASegments, ModulePool, Ops
+from loraplex.ops import LoRASegments, ModulePool, Ops, module_table
 
 
 def multiply(ops: Ops, x: Tensor, weight: Tensor) -> Tensor:
@@ -42,6 +42,11 @@ class StackedProduct:
             offset,
             torch.ones_like(offset, dtype=torch.float32),
         )
+        if weight.device.type != "cpu":
+            pool = self._pool
+            parts = (pool.address, pool.rank, pool.offset_a, pool.offset_b, pool.scaling)
+            pool.table = module_table(*parts, weight.element_size())
+            pool.is_aligned = slab.data_ptr() % 16 == 0 and first * second * weight.element_size() % 16 == 0
 
     def __call__(self, x: Tensor, runs: Sequence[tuple[int, int, int]]) -> Tensor:
         """x [S, in] -> [S, out] in x's dtype; rows start:end by the weight e for each of `runs` (e, start, end), which
