@@ -30,8 +30,11 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 def compile_launch(kernel: triton.JITFunction, args: tuple, constants: dict[str, Any]) -> Any:
     """The kernel as these arguments specialise it: pointers and integers that are multiples of 16, integers of 1."""
     signature, attributes, values = {}, {}, dict(constants)
-    for index, (name, arg) in enumerate(zip(kernel.arg_names, args, strict=False)):
-        if isinstance(arg, torch.Tensor):
+    for index, (parameter, arg) in enumerate(zip(kernel.params, args, strict=False)):
+        name = parameter.name
+        if parameter.do_not_specialize and isinstance(arg, int):
+            signature[name], is_divisible = "i32", False
+        elif isinstance(arg, torch.Tensor):
             signature[name], is_divisible = f"*{_NAMES[arg.dtype]}", True
         elif isinstance(arg, float):
             signature[name], is_divisible = "fp32", False
@@ -55,9 +58,12 @@ class Catcher:
 
     def launch(self, kernel: triton.JITFunction, grid: Any) -> Any:
         def call(*args: Any, **constants: Any) -> None:
-            sizes = [arg for arg in args if not isinstance(arg, torch.Tensor)]
-            kinds = [arg.dtype for arg in args if isinstance(arg, torch.Tensor)]
-            key = str((kernel.fn.__name__, kinds, [size == 1 or size % 16 == 0 for size in sizes], constants))
+            kinds = [
+                arg.dtype if isinstance(arg, torch.Tensor) else (arg == 1, arg % 16 == 0)
+                for arg, parameter in zip(args, kernel.params, strict=False)
+                if isinstance(arg, torch.Tensor) or not parameter.do_not_specialize
+            ]
+            key = str((kernel.fn.__name__, kinds, constants))
             if key not in self._seen:
                 self._seen.add(key)
                 self.made.setdefault(kernel.fn.__name__, []).append(compile_launch(kernel, args, constants))
@@ -68,7 +74,7 @@ class Catcher:
 def launch_everything(dtype: torch.dtype) -> None:
     """A decode step and a prefill step of a model like Llama 8B: 32 query heads of 128, 8 of keys and values."""
     pool = with_table(make_pool([16, 16], 4096, 1024, dtype), is_aligned=True)
-    for lengths in ([1, 1], [200, 100]):
+    for lengths in ([1, 0], [200, 100]):
         rows = sum(lengths)
         x, y = normal(rows, 4096, seed=1, dtype=dtype), normal(rows, 1024, seed=2, dtype=dtype)
         lora = make_segments([(0, lengths[0], 0, 1.0), (lengths[0], rows, 1, 1.0)], pool)

@@ -4,7 +4,7 @@ Which they are is measured: the model runs over a few tokens, and those that are
 very same tensor form a group. The first of a group that is called computes all; the others find their part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,10 @@ _NUM_TOKENS = 5
 
 
 class GroupProduct:
-    """One product for several weights [out_i, in]: x [M, in] -> their outputs, views [M, out_i] of one tensor."""
+    """One product for several weights [out_i, in]: x [M, in] -> their outputs, views [M, out_i] of one tensor.
+
+    `adapt`: what is done to the whole tensor y [M, Σ out_i], in place, for the rows x, as soon as it is computed.
+    """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]):
         self._sizes = [len(weight) for weight in weights]
@@ -26,6 +29,7 @@ class GroupProduct:
             zeros = (weight.new_zeros(len(weight)) for weight in weights)
             bias = torch.cat([zero if one is None else one for one, zero in zip(biases, zeros, strict=True)])
         self.product: Product = make_product(torch.cat(list(weights)), bias)
+        self.adapt: Callable[[Tensor, Tensor], None] | None = None
         self._input: Tensor | None = None
         self._left: list[Tensor | None] = []
 
@@ -42,7 +46,10 @@ class GroupProduct:
         """The output of member `index` for the input x, whose rows are `rows`. What a member leaves behind for another
         input is forgotten: an input is known by being the very same tensor, which is held until all have come."""
         if self._input is not x or self._left[index] is None:
-            self._input, self._left = x, list(self.product(rows).split(self._sizes, dim=1))
+            whole = self.product(rows)
+            if self.adapt is not None:
+                self.adapt(whole, rows)
+            self._input, self._left = x, list(whole.split(self._sizes, dim=1))
         found, self._left[index] = self._left[index], None
         assert found is not None, "it was computed just now"
         if not any(part is not None for part in self._left):

@@ -4,7 +4,7 @@ y = x·Wᵀ + b, then y[segment] += scale · (x[segment]·Aᵀ)·Bᵀ, with an a
 after. The base's parameters are never written.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from loraplex.model.groups import Alone, Member, Way
 from loraplex.model.linear import is_packed, make_product
 from loraplex.model.quantization import QuantizedProduct, is_quantized
 from loraplex.model.step_context import Span, StepContext, StepLoRA
-from loraplex.ops import ModulePool, Ops
+from loraplex.ops import LoRASegments, ModuleGroup, ModulePool, Ops
 
 Extras = Sequence[Extra | None]
 """What the adapter in each place has on one module beside its delta."""
@@ -83,6 +83,7 @@ class LoRALinear(BaseLinear):
     ):
         super().__init__(base, member)
         self.merged: dict[str | None, Way] = {}
+        self._is_adapted_in_group = member is not None and member.group.adapt is not None
         self._pool = pool
         self._extras = extras
         self._context = context
@@ -100,7 +101,8 @@ class LoRALinear(BaseLinear):
             for span, extra in extras_in(step, self._extras):
                 self._replace(y[span.start : span.end], rows[span.start : span.end], extra)
                 self._gain(y[span.start : span.end], extra)
-            self._ops.add_lora(y, rows, self._pool, step.segments)
+            if not self._is_adapted_in_group or step.extra_spans:
+                self._ops.add_lora(y, rows, self._pool, step.segments)
             for span, extra in extras_in(step, self._extras):
                 if extra.shift is not None:
                     y[span.start : span.end].add_(extra.shift)
@@ -123,6 +125,21 @@ class LoRALinear(BaseLinear):
         if extra.gain is not None:
             bias = 0 if self.bias is None else self.bias.float()
             y.copy_(bias + extra.gain.float() * (y.float() - bias))
+
+
+class GroupDeltas:
+    """The deltas of all linears of a group at once, on the tensor that holds their outputs side by side. Not in a step
+    with an adapter that is more than deltas: a gain comes before the delta, so each linear then adds its own."""
+
+    def __init__(self, pools: Sequence[ModulePool], context: StepContext, ops: Ops):
+        self._group = ModuleGroup(pools)
+        self._context = context
+        self._add: Callable[[Tensor, Tensor, ModuleGroup, LoRASegments], None] = ops.add_lora_group  # type: ignore[attr-defined]
+
+    def __call__(self, y: Tensor, x: Tensor) -> None:
+        step = self._context.body
+        if step is not None and not step.extra_spans:
+            self._add(y, x, self._group, step.segments)
 
 
 class LoRAHead(LoRALinear):

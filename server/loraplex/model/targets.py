@@ -19,6 +19,7 @@ from loraplex.model.linear import is_packed
 from loraplex.model.lora_layers import (
     BaseLinear,
     Extras,
+    GroupDeltas,
     LoRAEmbedding,
     LoRAHead,
     LoRALinear,
@@ -96,6 +97,8 @@ def wrap_modules(
     """Replace every target by its layer, in place; all linears are targets."""
     gated = [name for name, module in model.named_modules() if is_gated_mlp(module, ops)]
     groups = _group_products(model, targets)
+    if hasattr(ops, "add_lora_group"):
+        _adapt_groups(groups, pools, context, ops)
     for name, shape in targets.items():
         path = name.rpartition(".")[0] if shape.kind == "experts" else name
         module = model.get_submodule(path)
@@ -125,25 +128,42 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def _group_products(model: nn.Module, targets: Mapping[str, ModuleShape]) -> dict[str, Member]:
-    """Of every linear that has a group, its part in it. Only where products are on packed copies: elsewhere
-    a group would need a copy of its weights for nothing."""
+    """Of every linear that has a group, its part in it; the parts of a group in its order. On a GPU, and where products
+    are on packed copies: elsewhere a group would be a copy of its weights for nothing."""
     groups: dict[str, list[str]] = {}
     for name, shape in targets.items():
-        if shape.group and _will_be_packed(model.get_submodule(name)):
+        if shape.group and _can_be_grouped(model.get_submodule(name)):
             groups.setdefault(shape.group, []).append(name)
     found: dict[str, Member] = {}
     for names in groups.values():
         modules = [model.get_submodule(name) for name in names]
         weights, biases = zip(*map(weight_and_bias, modules), strict=True)
         product = GroupProduct(weights, biases)
+        del weights
         for module in modules:
             let_go_of_weight(module)
         found |= {name: Member(product, index) for index, name in enumerate(names)}
     return found
 
 
-def _will_be_packed(module: nn.Module) -> bool:
-    return not is_quantized(module) and is_packed(weight_and_bias(module)[0])
+def _adapt_groups(
+    groups: Mapping[str, Member], pools: Mapping[str, ModulePool], context: StepContext, ops: Ops
+) -> None:
+    """Let each group add the deltas of all its linears, where their pools have tables."""
+    members: dict[int, list[ModulePool]] = {}
+    for name, member in groups.items():
+        members.setdefault(id(member.group), []).append(pools[name])
+    for member in groups.values():
+        own = members[id(member.group)]
+        if member.group.adapt is None and all(pool.table is not None for pool in own):
+            member.group.adapt = GroupDeltas(own, context, ops)
+
+
+def _can_be_grouped(module: nn.Module) -> bool:
+    if is_quantized(module):
+        return False
+    weight, _ = weight_and_bias(module)
+    return is_packed(weight) or weight.is_cuda
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -87,7 +87,7 @@ def attend(
     return most, denominator, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "window"])
 def prefill_kernel(
     q, stride_qt, stride_qh, out, stride_ot, stride_oh,
     k_cache, stride_kb, stride_ks, stride_kh, v_cache, stride_vb, stride_vs, stride_vh,
@@ -139,7 +139,7 @@ def prefill_kernel(
     tl.store(where, result.to(out.dtype.element_ty), mask=has_row[:, None] & (value_lane < value_size)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "window"])
 def decode_kernel(
     q, stride_qt, stride_qh, totals, mosts, denominators, num_splits,
     k_cache, stride_kb, stride_ks, stride_kh, v_cache, stride_vb, stride_vs, stride_vh,
@@ -181,7 +181,7 @@ def decode_kernel(
     tl.store(where, total, mask=has_row[:, None] & (value_lane < value_size)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "window"])
 def combine_kernel(
     out, stride_ot, stride_oh, totals, mosts, denominators, num_splits, bounds, seq_lens, sinks, num_heads, window,
     value_size, SPLIT: tl.constexpr, VALUE_SIZE: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr,

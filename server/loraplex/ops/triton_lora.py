@@ -12,8 +12,11 @@ Ranks are exact: lanes past an adapter's own rank are masked, so nothing is read
 
 What holds for a row's bits: a sum's order is given by the feature count and the rank alone, there are no atomics, and a
 row that several segments cover belongs to one program, which applies them in order. So a row's bits do not depend on
-its neighbours as long as the tile's height is the same (16 rows, or 64 where segments have more than 32 on average:
-another height may be another instruction, with another order inside).
+its neighbours as long as the tile is the same: 16 rows high, or 64 where segments have more than 32 on average, and 16,
+32 or 64 ranks wide by the widest adapter of the batch. (Another tile may be another instruction, with another order
+inside.)
+
+What changes from step to step is no reason to compile: such numbers are not specialised.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false
@@ -35,7 +38,9 @@ TABLE_COLUMNS = 4
 """Of `ModulePool.table`: address of A, address of Bᵀ, rank, the bits of the scaling."""
 
 _LOW_TILE, _HIGH_TILE = 16, 64
-_FEW_ROWS = 32  # a segment, on average: tiles are low
+FEW_ROWS = 32
+"""Rows of a segment, on average, up to which tiles are low."""
+
 _SCAN = 256
 
 
@@ -57,7 +62,7 @@ def plan(lora: LoRASegments) -> Plan:
     """The plan of the segments, made at the first call of a step and kept with them."""
     if lora.plan is None:
         num_segments = lora.start.shape[0]
-        rows = _LOW_TILE if lora.num_rows <= _FEW_ROWS * num_segments else _HIGH_TILE
+        rows = _LOW_TILE if lora.num_rows <= FEW_ROWS * num_segments else _HIGH_TILE
         num_tiles = lora.num_rows // rows + num_segments
         tiles = torch.empty(num_tiles, 2, dtype=torch.int32, device=lora.start.device)
         overlap = torch.empty(num_segments, 2, dtype=torch.int32, device=lora.start.device)
@@ -71,7 +76,7 @@ def plan(lora: LoRASegments) -> Plan:
     return lora.plan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_segments", "num_tiles"])
 def plan_kernel(
     start, end, offset, count, num_segments, tiles, overlap, num_tiles,
     HAS_COUNT: tl.constexpr, ROWS: tl.constexpr, SCAN: tl.constexpr,
@@ -109,7 +114,7 @@ def plan_kernel(
             tl.store(tiles + 2 * tile, tl.full([SCAN], -1, tl.int32), mask=tile < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def shrink_kernel(
     x, stride_x, partial, num_rows, max_rank, table, members, in_features,
     start, end, place, offset, tiles, num_splits,
@@ -156,7 +161,7 @@ def shrink_kernel(
     tl.store(where, total, mask=has_row[:, None] & (ranks < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel", "num_splits"])
 def sum_kernel(partial, out, numel, num_splits, SIZE: tl.constexpr):
     """out[e] = Σ_k partial[k, e], in order."""
     index = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
@@ -167,7 +172,7 @@ def sum_kernel(partial, out, numel, num_splits, SIZE: tl.constexpr):
     tl.store(out + index, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def expand_kernel(
     y, stride_y, partial, stride_s, num_rows, num_splits, table, members, out_features,
     start, end, place, scale, offset, tiles, overlap,

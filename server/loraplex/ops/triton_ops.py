@@ -47,6 +47,28 @@ _DRAW_PART = 8192
 _SUM_SIZE = 1024
 
 
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile the kernels of LoRA and of drawing for the current CUDA device, so that no request waits for that (or
+    load them from Triton's cache). Those of attention compile in the proof at load, with the model's own sizes."""
+    if dtype not in DTYPES or not torch.cuda.is_available():
+        return
+    features = 16 * 8
+    for rank in (16, 32, 64):
+        slab = torch.zeros(2 * rank * features, dtype=dtype, device="cuda")
+        row = [slab.data_ptr(), slab.data_ptr(), rank, 0]
+        table = torch.tensor([row], dtype=torch.int64, device="cuda")
+        none = table[:, 0]
+        pool = ModulePool(features, features, [slab], none, none, none, none, none, table, is_aligned=True)
+        for rows in (1, 2 * triton_lora.FEW_ROWS):
+            x = torch.zeros(rows, features, dtype=dtype, device="cuda")
+            zero = torch.zeros(1, dtype=torch.int32, device="cuda")
+            lora = LoRASegments(zero, zero + rows, zero, zero.float(), zero, rows, rank)
+            add_lora(x.clone(), x, pool, lora)
+            for size in (2, 3):
+                add_lora_group(x.repeat(1, size), x, ModuleGroup([pool] * size), lora)
+    draw(torch.zeros(1, 2 * _DRAW_PART, device="cuda"), [1])
+
+
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """k_cache[slot_mapping[t]] = k[t], v_cache[slot_mapping[t]] = v[t], both in place; any dtype. A negative slot is
     padding.
@@ -99,7 +121,7 @@ def paged_attention(
         tile = rows // group
         triton_attention.prefill_kernel[(tokens // tile + num_seqs, num_kv_heads)](
             q, *q.stride()[:2], out, *out.stride()[:2], *caches, *paging, sinks, num_seqs, group, *numbers,
-            ROWS=rows, TOKENS=tile, SEQS=min(256, triton.next_power_of_2(num_seqs)),
+            ROWS=rows, TOKENS=tile, SEQS=64,
             HAS_SINKS=layer.sinks is not None, **features,
         )  # fmt: skip
     if attn.min_query_len > 1:
@@ -128,7 +150,7 @@ def shrink(x: Tensor, pool: ModulePool, lora: LoRASegments) -> Tensor:
         return torch_ops.shrink(x, pool, lora)
     partial = _shrink(x, (pool,), None, lora)[0]
     if len(partial) == 1:
-        return partial[0]
+        return partial[0, :, : lora.max_rank]
     s = torch.empty_like(partial[0])
     if s.numel():
         triton_lora.sum_kernel[(triton.cdiv(s.numel(), _SUM_SIZE),)](
@@ -187,17 +209,18 @@ def _is_known(x: Tensor) -> bool:
 
 
 def _shrink(x: Tensor, pools: Sequence[ModulePool], members: Tensor | None, lora: LoRASegments) -> Tensor:
-    """float32 [members, splits, num_rows, max_rank]: what the parts of the features give."""
+    """float32 [members, splits, num_rows, max_rank or more]: what the parts of the features give."""
     pool = pools[0]
     splits = max(1, triton.cdiv(pool.in_features, triton_lora.SPLIT_FEATURES))
-    shape = (len(pools), splits, lora.num_rows, lora.max_rank)
+    width = triton.cdiv(lora.max_rank, 16) * 16  # so that every launch is of one kind
+    shape = (len(pools), splits, lora.num_rows, width)
     partial = torch.empty(shape, dtype=torch.float32, device=x.device)
     if partial.numel():
         plan, table = triton_lora.plan(lora), _table(pool, x)
         ranks = _rank_block(lora)
         grid = (len(plan.tiles), triton.cdiv(lora.max_rank, ranks), len(pools) * splits)
         triton_lora.shrink_kernel[grid](
-            x, x.stride(0), partial, lora.num_rows, lora.max_rank, table, table if members is None else members,
+            x, x.stride(0), partial, lora.num_rows, width, table, table if members is None else members,
             pool.in_features, lora.start, lora.end, lora.place, lora.offset, plan.tiles, splits,
             MEMBERS=len(pools), SPLIT=triton_lora.SPLIT_FEATURES, ROWS=plan.rows, RANKS=ranks, FEATURES=128,
             ALIGNED=_is_aligned(pools), WIDEN=x.dtype == torch.float32,

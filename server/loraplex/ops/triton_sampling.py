@@ -25,7 +25,7 @@ def gumbel(token, low, high):
     return -tl.log(-exact)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def draw_kernel(
     logits, stride, keys, num_rows, vocabulary, values, tokens, num_parts, PART: tl.constexpr, SIZE: tl.constexpr
 ):
@@ -46,7 +46,7 @@ def draw_kernel(
     tl.store(tokens + row * num_parts + part, tl.min(tl.where(best == highest, chosen, 0x7FFFFFFF), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def choose_kernel(values, tokens, out, num_parts, vocabulary, PARTS: tl.constexpr):
     """Program (row): the token of the first part whose value is the largest; 0 for a row that is not a number."""
     row = tl.program_id(0)
