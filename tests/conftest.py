@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from postgres import Postgres
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own threads spin, in products as small as Triton's interpreter has
 prepare_process()
 
 import torch  # noqa: E402  after the settings it reads

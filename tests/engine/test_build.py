@@ -90,6 +90,14 @@ def test_the_pool_of_a_device_is_counted(base: BaseModel, memory):
         plan_memory(replace(SPEC, kv_cache_bytes=1 << 20), on_device, GEOMETRY, 64)
 
 
+def test_the_cache_of_a_device_takes_most_of_what_the_pool_leaves(base: BaseModel, memory):
+    on_device = replace(base, device=torch.device("meta"))
+    memory(64 << 30)
+    plan = plan_memory(replace(SPEC, max_num_seqs=10**6), on_device, GEOMETRY, 1024)
+    free = (64 << 30) - plan.pool_bytes
+    assert free * 4 // 5 - 16 * TOKEN_BYTES < plan.kv_bytes <= free * 4 // 5
+
+
 def test_available_memory_of_this_machine():
     assert 0 < build.available_memory(torch.device("cpu")) < 1 << 50
 

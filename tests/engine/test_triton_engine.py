@@ -10,7 +10,9 @@ import torch
 
 import tiny
 from harness import Driver, World, make_world_of, random_ids, request
+from loraplex.model.groups import Member
 from loraplex.model.loader import wrap_model
+from loraplex.model.lora_layers import LoRALinear
 
 triton_ops = pytest.importorskip("loraplex.ops.triton_ops", reason="Triton has no build for this platform")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,13 +38,20 @@ def run(world: World) -> tuple[dict[str, list[int]], dict[str, dict[int, torch.T
         return tokens, {name: dict(rows) for name, rows in world.runner.recorded.items()}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def group_is_adapted(world: World) -> bool:
+    layers = [module for module in world.base.model.modules() if isinstance(module, LoRALinear)]
+    members = [layer.way for layer in layers if isinstance(layer.way, Member)]
+    return len(members) == 2 * 5 and all(member.group.adapt is not None for member in members)
+
+
+@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.slow), "gemma2"])
 def test_an_engine_on_triton_answers_as_the_cpus_does(model_type: str) -> None:
     """gemma2: windows, caps and a scaled embedding. The load's proof has passed on the kernels already."""
     model = tiny.make_model(model_type)
     there = make_world_of(
         model, model_type, triton_ops, wrap_model(copy.deepcopy(model), DEVICE), num_blocks=64, max_model_len=96
     )
+    assert group_is_adapted(there), "q, k, v and gate, up add their adapters together"
     tokens, logits = run(there)
     here = make_world_of(copy.deepcopy(model), model_type, num_blocks=64, max_model_len=96)
     wanted_tokens, wanted = run(here)
@@ -53,6 +62,7 @@ def test_an_engine_on_triton_answers_as_the_cpus_does(model_type: str) -> None:
     assert tokens == wanted_tokens
 
 
+@pytest.mark.slow
 def test_experts_on_triton_are_the_cpus() -> None:
     """An adapter on every expert's linears; their products are shrinks, too."""
     model = tiny.make_model("qwen3_moe")

@@ -89,3 +89,19 @@ def test_a_member_that_comes_twice_is_not_given_what_was_written_to(group: Group
     x = torch.randn(4, 8)
     group.output(0, x, x).zero_()
     assert torch.equal(group.output(0, x, x), expected(group, x)[0])
+
+
+@torch.inference_mode()
+def test_what_adapts_a_group_sees_each_input_once(group: GroupProduct):
+    seen = []
+
+    def adapt(y: torch.Tensor, x: torch.Tensor) -> None:
+        seen.append(x)
+        y += 1.0
+
+    group.adapt = adapt
+    x = torch.randn(4, 8)
+    for index, part in enumerate(expected(group, x)):
+        assert torch.equal(group.output(index, x, x), part + 1.0)
+    assert len(seen) == 1
+    assert seen[0] is x

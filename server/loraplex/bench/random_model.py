@@ -21,8 +21,9 @@ VOCAB_SIZE = 32000
 ALPHA_PER_RANK = 2
 
 
-def random_llama(dtype: torch.dtype, **overrides: Any) -> PreTrainedModel:
-    """hidden 768, 12 layers, 12 heads (4 for keys and values), feed-forward 2048, 32000 tokens, untied."""
+def random_llama(dtype: torch.dtype, device: torch.device | str = "cpu", **overrides: Any) -> PreTrainedModel:
+    """hidden 768, 12 layers, 12 heads (4 for keys and values), feed-forward 2048, 32000 tokens, untied. Drawn on
+    `device`: a CPU takes minutes for billions of weights. Two devices draw different ones."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": VOCAB_SIZE,
@@ -37,7 +38,8 @@ def random_llama(dtype: torch.dtype, **overrides: Any) -> PreTrainedModel:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    return AutoModelForCausalLM.from_config(LlamaConfig(**{**shape, **overrides}), dtype=dtype)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**{**shape, **overrides}), dtype=dtype)
 
 
 def letters_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

@@ -127,7 +127,7 @@ class StepBench:
             self._runner.pool.load(place, weights)
 
     def _make_base(self, dtype: torch.dtype, device: torch.device) -> BaseModel:
-        model = random_llama(dtype, **self._settings.shape)
+        model = random_llama(dtype, device, **self._settings.shape)
         if self._settings.quantization is None:
             return wrap_model(model, device)
         with tempfile.TemporaryDirectory() as folder:

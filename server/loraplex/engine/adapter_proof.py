@@ -184,7 +184,8 @@ class AdapterProof:
             starts, places = range(count), range(runner.probe_place * count, (runner.probe_place + 1) * count)
         else:
             if x is None:
-                x = torch.arange(4) if shape.kind == "embedding" else self._noise(4, shape.in_features)
+                noise = self._noise(4, shape.in_features if shape.kind != "embedding" else 1)
+                x = torch.arange(4, device=noise.device) if shape.kind == "embedding" else noise
             shrunk = a[x] if shape.kind == "embedding" else x.float() @ a.T
             expected = delta.scaling * shrunk @ bt
             starts, places = [0], [runner.probe_place]

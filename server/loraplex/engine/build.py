@@ -32,9 +32,9 @@ MAX_CPU_PLACES = 128
 class EngineSpec:
     """What the operator asked for. None and "auto" are decided at load.
 
-    `kv_cache_bytes` None: a fifth of the memory that is free after the weights, at most 2 GiB (or what
-    max_num_seqs full sequences need, if that is less). `max_loras` None: 8; on a CPU, where a place is but an address,
-    one for each sequence.
+    `kv_cache_bytes` None: on a CPU a fifth of the memory that is free after the weights, at most 2 GiB; on another
+    device four fifths of what weights and pool leave (or what max_num_seqs full sequences need, if that is less).
+    `max_loras` None: 8; on a CPU, where a place is but an address, one for each sequence.
     """
 
     model: Path
@@ -180,19 +180,20 @@ def plan_memory(
     available = max(0, available_memory(base.device) - packed_bytes)
     full_load = -(-max_model_len // spec.block_size) * spec.max_num_seqs * block_bytes
     one_sequence = -(-max_model_len // spec.block_size) * block_bytes
+    on_cpu = base.device.type == "cpu"
+    shapes = (shape for shape in base.targets.values() if shape.kind in ("linear", "experts"))
+    per_value = slab_numel((shape, 1) for shape in shapes) * value
+    pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.num_places(base.device)
     kv_bytes = spec.kv_cache_bytes
     if kv_bytes is None:
-        kv_bytes = min(full_load, max(one_sequence, min(available // 5, 2 << 30)))
+        share = min(available // 5, 2 << 30) if on_cpu else (available - pool_bytes) * 4 // 5
+        kv_bytes = min(full_load, max(one_sequence, share))
     num_blocks = kv_bytes // block_bytes
     if num_blocks * block_bytes < one_sequence:
         raise StartupError(
             f"--kv-cache-bytes {kv_bytes} holds {num_blocks * spec.block_size} tokens, but one sequence may have "
             f"{max_model_len} and needs {one_sequence} bytes. Give more, or set a smaller --max-model-len."
         )
-    on_cpu = base.device.type == "cpu"
-    shapes = (shape for shape in base.targets.values() if shape.kind in ("linear", "experts"))
-    per_value = slab_numel((shape, 1) for shape in shapes) * value
-    pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.num_places(base.device)
     needed = num_blocks * block_bytes + (spec.adapter_cache_bytes if on_cpu else pool_bytes)
     if needed > available:
         raise StartupError(

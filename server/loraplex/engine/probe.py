@@ -73,7 +73,7 @@ class Probe:
         try:
             return _run_through(self.run(None)).witness
         except _NotLayers:
-            return torch.empty(0)
+            return torch.empty(0, device=self._runner.base.device)
         finally:
             self._layers = []
 

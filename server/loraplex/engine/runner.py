@@ -120,7 +120,7 @@ class ModelRunner:
         if len(sampled) == len(logits):
             chosen_logits = logits
         else:
-            chosen_logits = logits[torch.tensor([row for _, row, _ in sampled], dtype=torch.long)]
+            chosen_logits = logits[torch.tensor([row for _, row, _ in sampled], dtype=torch.long, device=logits.device)]
         tokens = self._sampler.sample(chosen_logits, [seq for _, _, seq in sampled])
         token_of = {index: token for (index, _, _), token in zip(sampled, tokens, strict=True)}
         logprobs = self._token_logprobs(sampled, tokens, chosen_logits)
