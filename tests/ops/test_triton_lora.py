@@ -86,6 +86,7 @@ def test_shrink_and_expand_are_the_oracles(dtype: torch.dtype, features: int) ->
     s = triton_ops.shrink(_like(x), on_device(pool), on_device(lora))
     wanted = torch_ops.shrink(x, pool, lora)
     assert s.dtype == torch.float32
+    assert s.shape == wanted.shape
     for start, end, place in ((0, 6, 1), (6, 9, 0), (11, 15, 3)):
         rank = int(pool.rank[place])
         torch.testing.assert_close(s[start:end, :rank].cpu(), wanted[start:end, :rank], rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ Source of the layout of grids and splits: Chen et al. 2023 (Punica), Sheng et al
 # pyright: reportCallIssue=false, reportArgumentType=false
 # (a kernel's parameters are what its compiler makes of the arguments)
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -148,15 +148,14 @@ def shrink(x: Tensor, pool: ModulePool, lora: LoRASegments) -> Tensor:
     [num_rows, max_rank]; columns past the adapter's rank are undefined."""
     if not _is_known(x):
         return torch_ops.shrink(x, pool, lora)
-    partial = _shrink(x, (pool,), None, lora)[0]
-    if len(partial) == 1:
-        return partial[0, :, : lora.max_rank]
-    s = torch.empty_like(partial[0])
-    if s.numel():
+    partial = _shrink(x, (pool,), None, lora, torch.zeros)[0]  # what is summed must be numbers
+    s = partial[0]
+    if len(partial) > 1 and s.numel():
+        s = torch.empty_like(s)
         triton_lora.sum_kernel[(triton.cdiv(s.numel(), _SUM_SIZE),)](
             partial, s, s.numel(), len(partial), SIZE=_SUM_SIZE
         )
-    return s
+    return s[:, : lora.max_rank]
 
 
 def expand(y: Tensor, s: Tensor, pool: ModulePool, lora: LoRASegments) -> None:
@@ -208,13 +207,20 @@ def _is_known(x: Tensor) -> bool:
     return x.dtype in DTYPES and x.stride(1) == 1
 
 
-def _shrink(x: Tensor, pools: Sequence[ModulePool], members: Tensor | None, lora: LoRASegments) -> Tensor:
-    """float32 [members, splits, num_rows, max_rank or more]: what the parts of the features give."""
+def _shrink(
+    x: Tensor,
+    pools: Sequence[ModulePool],
+    members: Tensor | None,
+    lora: LoRASegments,
+    allocate: Callable[..., Tensor] = torch.empty,
+) -> Tensor:
+    """float32 [members, splits, num_rows, max_rank or more]: what the parts of the features give. Columns past an
+    adapter's rank are as `allocate` left them."""
     pool = pools[0]
     splits = max(1, triton.cdiv(pool.in_features, triton_lora.SPLIT_FEATURES))
     width = triton.cdiv(lora.max_rank, 16) * 16  # so that every launch is of one kind
     shape = (len(pools), splits, lora.num_rows, width)
-    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    partial = allocate(shape, dtype=torch.float32, device=x.device)
     if partial.numel():
         plan, table = triton_lora.plan(lora), _table(pool, x)
         ranks = _rank_block(lora)
