@@ -11,7 +11,7 @@ import pytest
 import torch
 from ops_cases import Heads, make_paged, make_pool, make_segments, normal
 from test_ops_draw import keys
-from triton_cases import DEVICE, HAS_GPU, on_device, with_table
+from triton_cases import DEVICE, HAS_GPU, TRITON_DTYPES, on_device, with_table
 
 from loraplex.ops import LayerAttention, Ops, select_ops
 from loraplex.ops.noise import gumbel_noise
@@ -56,12 +56,14 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     """In bfloat16, which the interpreter cannot run; with tensor cores and loads of 16 bytes where they belong."""
     code = "import sys, triton_compile; sys.argv[1:] = ['bfloat16']; triton_compile.main()"
     made = dict(line.split(": ", 1) for line in program(code, TRITON_CACHE_DIR=str(tmp_path)).splitlines())
-    assert len(made) == 10
+    assert len(made) == 12
     for name in ("shrink_kernel", "expand_kernel", "prefill_kernel", "decode_kernel"):
         assert made[name].endswith("mma 4, wide 4"), made[name]
 
 
-@pytest.mark.parametrize("module", ["triton_ops", "triton_lora", "triton_attention", "triton_sampling"])
+@pytest.mark.parametrize(
+    "module", ["triton_ops", "triton_lora", "triton_attention", "triton_sampling", "triton_pointwise"]
+)
 def test_no_code_waits_for_the_device(module: str) -> None:
     """By what it calls: nothing that hands a tensor's value to the host, and no index that is a tensor of truths."""
     source = (SERVER / "loraplex" / "ops" / f"{module}.py").read_text(encoding="utf-8")
@@ -124,3 +126,27 @@ def test_what_is_masked_is_never_drawn() -> None:
 def test_a_row_of_no_numbers_gives_some_token() -> None:
     drawn = triton_ops.draw(torch.full((2, 50), float("nan"), device=DEVICE), keys(2))
     assert ((drawn >= 0) & (drawn < 50)).all()
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rms_norm_is_transformers(dtype: torch.dtype, plus_one: bool) -> None:
+    """The roundings, too: before the weight, or after it."""
+    x, weight = normal(2, 3, 77, seed=1, dtype=dtype).to(DEVICE) * 3, normal(77, seed=2, dtype=dtype).to(DEVICE)
+    norm = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    wanted = (norm * (1.0 + weight.float())).to(dtype) if plus_one else weight * norm.to(dtype)
+    rounding = {"rtol": max(1e-6, torch.finfo(dtype).eps), "atol": 1e-6}
+    torch.testing.assert_close(triton_ops.rms_norm(x, weight, 1e-6, plus_one=plus_one), wanted, **rounding)
+    wide = torch.cat([x, x], dim=2)[..., :77]
+    assert torch.equal(
+        triton_ops.rms_norm(wide, weight, 1e-6, plus_one=plus_one),
+        triton_ops.rms_norm(x, weight, 1e-6, plus_one=plus_one),
+    )
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
+def test_silu_mul_is_torchs(dtype: torch.dtype) -> None:
+    """Of two parts of one product, as a group's outputs are."""
+    gate, up = (normal(1, 4, 2 * 1100, seed=3, dtype=dtype).to(DEVICE) * 3).split(1100, dim=2)
+    rounding = {"rtol": max(1e-6, 2 * torch.finfo(dtype).eps), "atol": 1e-6}
+    torch.testing.assert_close(triton_ops.silu_mul(gate, up), torch.nn.functional.silu(gate) * up, **rounding)

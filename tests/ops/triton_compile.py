@@ -86,6 +86,9 @@ def launch_everything(dtype: torch.dtype) -> None:
         for layer in (LayerAttention(0.1), LayerAttention(0.1, 64, 30.0, torch.zeros(32))):
             triton_ops.paged_attention(*case.arguments, layer)
     triton_ops.store_kv(case.k_cache[0], case.v_cache[0], case.k_cache, case.v_cache, case.attn.slot_mapping[:16])
+    x, weight = normal(3, 4096, seed=1, dtype=dtype), normal(4096, seed=2, dtype=dtype)
+    triton_ops.rms_norm(x, weight, 1e-5, plus_one=False)
+    triton_ops.silu_mul(x, x)
     triton_ops.draw(torch.zeros(2, 128256), [1, 2])
 
 

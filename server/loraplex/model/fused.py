@@ -57,10 +57,10 @@ def is_gated_mlp(module: nn.Module, ops: Ops) -> bool:
 
 @torch.inference_mode()
 def _agree(module: nn.Module, other: Callable[[Tensor], Tensor], weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or weight.dtype not in _TOLERANCE:
+    if weight.device.type not in ("cpu", "cuda") or weight.dtype not in _TOLERANCE:
         return False
     generator = torch.Generator().manual_seed(0)
-    x = (3 * torch.randn(1, _NUM_ROWS, weight.shape[-1], generator=generator)).to(weight.dtype)
+    x = (3 * torch.randn(1, _NUM_ROWS, weight.shape[-1], generator=generator)).to(weight.device, weight.dtype)
     try:
         expected = module(x)
     except (TypeError, RuntimeError):  # it wants other arguments

@@ -31,6 +31,7 @@ from loraplex.ops import (
     torch_ops,
     triton_attention,
     triton_lora,
+    triton_pointwise,
     triton_sampling,
 )
 
@@ -200,6 +201,35 @@ def draw(logits: Tensor, keys: Sequence[int]) -> Tensor:
         logits, logits.stride(0), halves, rows, vocabulary, values, tokens, parts, PART=_DRAW_PART, SIZE=1024
     )
     triton_sampling.choose_kernel[(rows,)](values, tokens, out, parts, vocabulary, PARTS=triton.next_power_of_2(parts))
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+    """weight · x / sqrt(mean(x²) + eps) over the last dimension, with (1 + weight) for `plus_one`: x [..., H], weight
+    [H] -> new contiguous [..., H] (Zhang and Sennrich 2019; the roundings of transformers' LlamaRMSNorm, or of
+    GemmaRMSNorm)."""
+    size = x.shape[-1]
+    rows = x.reshape(-1, size)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        triton_pointwise.rms_norm_kernel[(len(rows),)](
+            rows, rows.stride(0), weight, out, size, float(eps), PLUS_ONE=plus_one, SIZE=triton.next_power_of_2(size)
+        )
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up: [..., N] -> new contiguous [..., N] (Shazeer 2020; torch's roundings)."""
+    size = gate.shape[-1]
+    a, b = (
+        part if part.stride(1) == 1 else part.contiguous() for part in (gate.reshape(-1, size), up.reshape(-1, size))
+    )
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        triton_pointwise.silu_mul_kernel[(len(a), triton.cdiv(size, 1024))](
+            a, a.stride(0), b, b.stride(0), out, size, SIZE=1024
+        )
     return out
 
 
