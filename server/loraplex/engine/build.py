@@ -108,6 +108,8 @@ def build_engine(
     """Load, prove and warm up. Raises StartupError naming what does not fit and the flag that changes it."""
     keep_large_blocks_apart()
     device = choose_device(spec.device)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the thread's current device, wherever the tensors are
     dtype = choose_dtype(spec.dtype, device)
     threads = set_threads(spec.threads, device)
     base = load_base(spec.model, dtype, device, spec.quantization)
