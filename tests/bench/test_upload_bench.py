@@ -19,7 +19,7 @@ def folder(tmp_path):
 
 def test_every_body_is_another_adapter(folder):
     body = UploadBody(folder)
-    one, other = body.make(1), body.make(2)
+    one, other = (b"".join(body.make(number)) for number in (1, 2))
     assert body.num_bytes == (folder / "adapter_model.safetensors").stat().st_size
     assert len(one) == len(other)
     assert one.split(b"\r\n\r\n")[3] != other.split(b"\r\n\r\n")[3]

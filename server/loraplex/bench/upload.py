@@ -74,18 +74,23 @@ class UploadBody:
         self._parts = head, bytearray(weights), b"\r\n--bench--\r\n"
         self.num_bytes = len(weights)
 
+    @property
+    def weights(self) -> bytearray:
+        return self._parts[1]
+
     @staticmethod
     def _part(name: str, file: str) -> bytes:
         kind = "Content-Type: application/octet-stream"
         disposition = f'Content-Disposition: form-data; name="{name}"; filename="{file}"'
         return f"--bench\r\n{disposition}\r\n{kind}\r\n\r\n".encode()
 
-    def make(self, number: int) -> bytes:
-        """With the last value of the file, a bfloat16, at number/256 of an ordinary one."""
+    def make(self, number: int) -> list[bytes | bytearray]:
+        """Its pieces, good until the next are made; the last value of the file, a bfloat16, is another each time. Not
+        joined: a copy of that size would hold up the streams of this process."""
         head, weights, end = self._parts
         weights[-2:] = (0x3C00 + number % 256).to_bytes(2, "little")
         name = f'--bench\r\nContent-Disposition: form-data; name="name"\r\n\r\nupload-{number}\r\n'.encode()
-        return b"".join((name, head, weights, end))
+        return [name, head, weights, end]
 
 
 class UploadBench:
@@ -143,7 +148,7 @@ class UploadBench:
         before, times, disk = _phases(server), [], []
         for turn in range(self._settings.idle):
             self._show(f"upload to the idle server, {turn + 1} of {self._settings.idle}")
-            disk.append(_write_seconds(folder / "disk", body.make(0)))
+            disk.append(_write_seconds(folder / "disk", body.weights))
             times.append(self._upload(server, body))
         megabytes = body.num_bytes / 1e6
         return _summary(times, before, _phases(server), megabytes), megabytes / statistics.median(disk)
@@ -167,13 +172,14 @@ class UploadBench:
     def _upload(self, server: OwnServer, body: UploadBody) -> UploadTime:
         """Raises BenchFailed with the server's words."""
         self._count += 1
-        data = body.make(self._count)
+        pieces = body.make(self._count)
         host, port = server.url.removeprefix("http://").split(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=600.0)
         try:
             started = time.perf_counter()
-            headers = {"Content-Type": "multipart/form-data; boundary=bench"}
-            connection.request("POST", "/v1/adapters", data, headers)
+            size = str(sum(len(piece) for piece in pieces))
+            headers = {"Content-Type": "multipart/form-data; boundary=bench", "Content-Length": size}
+            connection.request("POST", "/v1/adapters", iter(pieces), headers)
             sent = time.perf_counter() - started
             reply = connection.getresponse()
             content = reply.read()
@@ -234,7 +240,7 @@ class _Uploads:
             raise self._error
 
 
-def _write_seconds(path: Path, data: bytes) -> float:
+def _write_seconds(path: Path, data: bytearray) -> float:
     """To write `data` into a new file and sync it."""
     view = memoryview(data)
     started = time.perf_counter()
