@@ -12,9 +12,6 @@ from pathlib import Path
 import structlog
 from sqlalchemy import URL
 
-from loraplex.acceptance import Acceptance
-from loraplex.catalog import AdapterCatalog, Catalogued
-from loraplex.comparison import Comparisons
 from loraplex.config import Settings
 from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.async_engine import AsyncEngine
@@ -32,29 +29,32 @@ from loraplex.errors import (
     StartupError,
     StorageFull,
 )
-from loraplex.evaluating import Evaluations
-from loraplex.fetching import Fetching
-from loraplex.gating import Gating
-from loraplex.generation import Generation
-from loraplex.generation_request import GenerationRequest, Prompt
 from loraplex.lora.database import sqlite_url
 from loraplex.lora.reader import AdapterReader
 from loraplex.lora.registry import Change
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
-from loraplex.merging import Merging
 from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
-from loraplex.resolution import Names, Resolved
-from loraplex.routes import Routes
-from loraplex.shadows import Shadows
+from loraplex.serving.acceptance import Acceptance
+from loraplex.serving.catalog import AdapterCatalog, Catalogued
+from loraplex.serving.comparison import Comparisons
+from loraplex.serving.evaluating import Evaluations
+from loraplex.serving.fetching import Fetching
+from loraplex.serving.gating import Gating
+from loraplex.serving.generation import Generation
+from loraplex.serving.generation_request import GenerationRequest, Prompt
+from loraplex.serving.merging import Merging
+from loraplex.serving.resolution import Names, Resolved
+from loraplex.serving.routes import Routes
+from loraplex.serving.shadows import Shadows
+from loraplex.serving.tiers import Tiers
+from loraplex.serving.watching import Watching
 from loraplex.sources.allow_list import AllowList
 from loraplex.text.adapter_text import AdapterText
 from loraplex.text.adapter_texts import AdapterTexts
 from loraplex.text.sampling_defaults import SamplingDefaults
-from loraplex.tiers import Tiers
-from loraplex.watching import Watching
 
 logger = structlog.get_logger(__name__)
 

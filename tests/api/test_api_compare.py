@@ -11,7 +11,7 @@ from live import LiveServer, assert_error
 from test_api_life import connect
 
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.generation_request import GenerationRequest
+from loraplex.serving.generation_request import GenerationRequest
 
 PROMPT = "the quick brown"
 TARGETS = ["red", "blue@1", "base", "red:0.5+blue:0.5"]

@@ -164,7 +164,7 @@ def test_a_failure_in_the_middle_of_a_stream(server: LiveServer, client, monkeyp
 
 
 def test_an_unexpected_error_in_a_stream(server: LiveServer, client, monkeypatch):
-    monkeypatch.setattr("loraplex.generation.Generation._take", lambda *args: 1 / 0)
+    monkeypatch.setattr("loraplex.serving.generation.Generation._take", lambda *args: 1 / 0)
     [*_, last] = stream(client, max_tokens=30)
     assert last["error"]["code"] == "internal_error"
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from loraplex.config import Settings
 from loraplex.errors import StartupError
-from loraplex.watching import Watching
+from loraplex.serving.watching import Watching
 
 ECHO = {"max_tokens": 0, "echo": True, "logprobs": 0}
 

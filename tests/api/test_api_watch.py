@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from loraplex.config import Settings
 from loraplex.errors import StartupError
-from loraplex.watching import Watching
+from loraplex.serving.watching import Watching
 
 NEVER = 3600.0
 

@@ -24,7 +24,7 @@ def test_what_a_server_would_say(inside):  # noqa: F811
 @pytest.mark.parametrize("name", ["upper", "pig", "velna"])
 def test_the_weights_are_read_only_where_they_are_needed(name: str, inside, monkeypatch):  # noqa: F811
     """A plain adapter, DoRA, embedding and head: their shapes are all that a check without proof compares with."""
-    monkeypatch.setattr("loraplex.offline_check.load_base", None)
+    monkeypatch.setattr("loraplex.serving.offline_check.load_base", None)
     assert inside("check", ROOT / "adapters" / name, "--base", BASE).returncode == 0
 
 

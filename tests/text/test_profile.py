@@ -7,8 +7,8 @@ import pytest
 
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import AdapterInvalid, StartupError
-from loraplex.generation import OutputOptions
-from loraplex.generation_request import GenerationRequest
+from loraplex.serving.generation import OutputOptions
+from loraplex.serving.generation_request import GenerationRequest
 from loraplex.text.profile import ServingProfile
 from loraplex.text.sampling_defaults import SamplingDefaults
 

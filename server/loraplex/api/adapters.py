@@ -14,14 +14,14 @@ from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
 from loraplex.api.sources import fetch_adapter
 from loraplex.api.tiers import describe_standing
-from loraplex.catalog import Catalogued
 from loraplex.errors import InvalidRequest, LoraplexError, ModelNotFound
 from loraplex.lora.event import Event
 from loraplex.lora.files import FILES, REQUIRED
 from loraplex.lora.version import Version
-from loraplex.merging import describe_merge
 from loraplex.routing.names import parse_model
 from loraplex.service import Service
+from loraplex.serving.catalog import Catalogued
+from loraplex.serving.merging import describe_merge
 
 router = APIRouter(prefix="/v1/adapters")
 audit_router = APIRouter(prefix="/v1/audit")

@@ -12,9 +12,9 @@ from loraplex.api.errors import body_of
 from loraplex.api.openai import Tenant, TheService
 from loraplex.api.schemas import ChatCompletionRequest, CompletionRequest
 from loraplex.api.streaming import ClientGone, unless_gone
-from loraplex.comparison import Answer, Comparison, Score
 from loraplex.errors import InvalidRequest, LoraplexError
-from loraplex.generation_request import GenerationRequest
+from loraplex.serving.comparison import Answer, Comparison, Score
+from loraplex.serving.generation_request import GenerationRequest
 
 router = APIRouter(prefix="/v1")
 

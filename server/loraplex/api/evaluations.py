@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from loraplex.api.openai import TheService
 from loraplex.api.routes import Caller, Expected
-from loraplex.evaluating import MAX_TARGETS, Standing
 from loraplex.evaluation.evaluation_set import MAX_BYTES
-from loraplex.gating import why_closed
 from loraplex.lora.evaluation_book import Result, StoredRun, StoredSet
 from loraplex.routing.names import validate_name
 from loraplex.routing.route import Gate
 from loraplex.service import Service
+from loraplex.serving.evaluating import MAX_TARGETS, Standing
+from loraplex.serving.gating import why_closed
 
 MAX_BODY_BYTES = MAX_BYTES + 1024
 """A little more than a set may have: then the refusal says how large it may be."""

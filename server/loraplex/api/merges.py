@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter
 
 from loraplex.api.openai import TheService
-from loraplex.merging import describe_merge
 from loraplex.routing.names import parse_model
+from loraplex.serving.merging import describe_merge
 
 router = APIRouter(prefix="/v1/adapters")
 

@@ -19,8 +19,8 @@ from loraplex.engine.durations import BOUNDS, DurationCounts
 from loraplex.engine.engine import EngineStats
 from loraplex.engine.messages import FinishReason
 from loraplex.errors import NotReady
-from loraplex.generation import ChoiceDelta, Generation
 from loraplex.service import Service
+from loraplex.serving.generation import ChoiceDelta, Generation
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)

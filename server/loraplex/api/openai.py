@@ -19,11 +19,11 @@ from loraplex.api.replies import ChatReply, CompletionReply, Reply
 from loraplex.api.schemas import ChatCompletionRequest, CompletionRequest
 from loraplex.api.streaming import DONE, ClientGone, EventStream, event, unless_gone
 from loraplex.errors import LoraplexError
-from loraplex.generation import Generation
 from loraplex.lora.version import Version
-from loraplex.routes import Live
 from loraplex.routing.router import Asked
 from loraplex.service import Service
+from loraplex.serving.generation import Generation
+from loraplex.serving.routes import Live
 
 logger = structlog.get_logger(__name__)
 router = APIRouter(prefix="/v1")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex.engine.messages import TokenLogprobs
-from loraplex.generation import ChoiceDelta, Generation, TokenInfo
+from loraplex.serving.generation import ChoiceDelta, Generation, TokenInfo
 
 
 @dataclass(slots=True)

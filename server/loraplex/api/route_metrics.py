@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from loraplex.routes import Routes
 from loraplex.routing.observed import Observed, cumulative
+from loraplex.serving.routes import Routes
 
 MAX_TARGETS = 200
 OTHER = ("other", "other")

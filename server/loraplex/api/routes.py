@@ -16,11 +16,11 @@ from loraplex.api.adapters import Limit, Offset, list_events
 from loraplex.api.auth import caller_of
 from loraplex.api.openai import TheService
 from loraplex.errors import InvalidRequest
-from loraplex.routes import Live
 from loraplex.routing.document import document_of
 from loraplex.routing.names import validate_name
 from loraplex.routing.observed import WINDOW, Observed, quantile
 from loraplex.service import Service
+from loraplex.serving.routes import Live
 
 router = APIRouter(prefix="/v1/routes")
 

@@ -11,11 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from loraplex.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from loraplex.errors import InvalidRequest
-from loraplex.generation import OutputOptions
-from loraplex.generation_request import GenerationRequest
 from loraplex.model.tokenizer import require_unicode
 from loraplex.routing.composition import MAX_PARTS, MAX_SCALE, scaled
-from loraplex.stopping import MAX_STOP_CHARS, MAX_STOPS
+from loraplex.serving.generation import OutputOptions
+from loraplex.serving.generation_request import GenerationRequest
+from loraplex.text.stopping import MAX_STOP_CHARS, MAX_STOPS
 
 MAX_MESSAGES = 2048
 MAX_PROMPT_TOKENS = 1 << 20

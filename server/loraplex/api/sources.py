@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex.api.auth import caller_of
 from loraplex.api.openai import TheMetrics, TheService
-from loraplex.catalog import Catalogued
 from loraplex.errors import InvalidRequest, ModelNotFound
 from loraplex.service import Service
+from loraplex.serving.catalog import Catalogued
 
 router = APIRouter(prefix="/v1")
 

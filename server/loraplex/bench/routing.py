@@ -12,16 +12,16 @@ from pathlib import Path
 from random import Random
 from typing import Any, cast
 
-from loraplex.gating import Gating
 from loraplex.lora.event import ROUTE_SET
 from loraplex.lora.registry import Registry
 from loraplex.lora.route_revisions import RouteRevisions
-from loraplex.resolution import Names
-from loraplex.routes import Routes
 from loraplex.routing.document import document_of, route_of
 from loraplex.routing.guard import judge
 from loraplex.routing.observed import WINDOW, Window
 from loraplex.routing.router import Asked, Router
+from loraplex.serving.gating import Gating
+from loraplex.serving.resolution import Names
+from loraplex.serving.routes import Routes
 
 MICRO = 1e6
 

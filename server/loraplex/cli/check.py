@@ -24,7 +24,7 @@ def check(
 ) -> None:
     """Check an adapter against a base as `serve` does when it is pushed. Exit code 2: it would be refused."""
     prepare_process()
-    from loraplex.offline_check import check_folder
+    from loraplex.serving.offline_check import check_folder
 
     found = check_folder(path, base, device=device, dtype=dtype, max_rank=max_lora_rank, proves=prove)
     report = found.report.to_json()

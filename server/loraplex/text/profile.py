@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from loraplex.errors import AdapterInvalid
 from loraplex.lora.files import PROFILE
 from loraplex.lora.text import shown
-from loraplex.stopping import MAX_STOP_CHARS, MAX_STOPS
 from loraplex.text.sampling_defaults import SamplingDefaults, problem_of
+from loraplex.text.stopping import MAX_STOP_CHARS, MAX_STOPS
 
 _Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 

@@ -19,7 +19,6 @@ from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.build import EngineSpec, build_engine
 from loraplex.engine.messages import AdapterUse, Command, CommandResult
 from loraplex.engine.proof_result import ProofResult
-from loraplex.generation import as_error
 from loraplex.lora.reader import AdapterReader, Checked
 from loraplex.lora.report import AdapterReport, BaseFacts, report_on
 from loraplex.lora.staging import Staging
@@ -28,7 +27,8 @@ from loraplex.model.devices import choose_device, choose_dtype
 from loraplex.model.loader import BaseModel, load_base
 from loraplex.model.shapes import BaseShapes, ShapesUnknown, read_shapes
 from loraplex.model.tokenizer import Tokenizer
-from loraplex.proof_record import proof_record
+from loraplex.serving.generation import as_error
+from loraplex.serving.proof_record import proof_record
 from loraplex.text.adapter_text import Brought
 from loraplex.text.adapter_texts import AdapterTexts
 

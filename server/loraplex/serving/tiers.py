@@ -8,14 +8,14 @@ from typing import Literal
 
 import structlog
 
-from loraplex.catalog import AdapterCatalog
 from loraplex.engine.adapter_residency import AdapterStanding, TiersView, Wish
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse, Failure
 from loraplex.errors import AdapterQuarantined, InvalidRequest, LoraplexError, ModelNotFound
-from loraplex.generation import as_error
 from loraplex.lora.pins import Pin
 from loraplex.lora.version import Version
+from loraplex.serving.catalog import AdapterCatalog
+from loraplex.serving.generation import as_error
 
 logger = structlog.get_logger(__name__)
 

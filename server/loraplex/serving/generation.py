@@ -26,7 +26,7 @@ from loraplex.errors import (
 from loraplex.model.detokenizer import Detokenizer
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.routing.router import Routed
-from loraplex.stopping import StopMatcher
+from loraplex.text.stopping import StopMatcher
 
 PROOF_RETRY_SECONDS = 30
 NON_FINITE = "non_finite_logits"

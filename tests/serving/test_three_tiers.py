@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.errors import Flaky
 from hypothesis.stateful import run_state_machine_as_test
+from tiers_machine import TiersMachine
 
-from loraplex.catalog import AdapterCatalog
 from loraplex.engine.adapter_cache import AdapterCache
 from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.adapter_residency import AdapterResidency
 from loraplex.engine.engine import Engine
 from loraplex.lora.pins import Pins
 from loraplex.lora.store import AdapterStore
-from tiers_machine import TiersMachine
+from loraplex.serving.catalog import AdapterCatalog
 
 
 def run(num_runs: int, num_steps: int) -> None:

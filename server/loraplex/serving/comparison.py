@@ -24,10 +24,10 @@ from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import EngineRequest, Failure, FinishReason
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import AdapterError, InvalidRequest, LoraplexError, NotReady, Overloaded
-from loraplex.generation import Generation, as_error
-from loraplex.generation_request import GenerationRequest
-from loraplex.resolution import Names
-from loraplex.routes import Routes
+from loraplex.serving.generation import Generation, as_error
+from loraplex.serving.generation_request import GenerationRequest
+from loraplex.serving.resolution import Names
+from loraplex.serving.routes import Routes
 
 MIN_TARGETS, MAX_TARGETS = 2, 16
 

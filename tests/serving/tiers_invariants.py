@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from hypothesis.stateful import RuleBasedStateMachine, invariant
+from three_tiers import POISON, SEQUENCES, WAITING, Clock, Disk, Inline, Server, bench
+from tiers_model import TiersModel, number_of
 
 from loraplex.engine.messages import Composition
 from loraplex.errors import (
@@ -29,9 +31,7 @@ from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME
 from loraplex.lora.registry import Registry
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
-from loraplex.tiers import TIMEOUT
-from three_tiers import POISON, SEQUENCES, WAITING, Clock, Disk, Inline, Server, bench
-from tiers_model import TiersModel, number_of
+from loraplex.serving.tiers import TIMEOUT
 
 
 class Neighbour:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.generation import OutputOptions
 from loraplex.routing.router import Asked
+from loraplex.serving.generation import OutputOptions
 from loraplex.text.profile import ServingProfile
 from loraplex.text.sampling_defaults import SamplingDefaults, with_defaults
 

@@ -27,8 +27,6 @@ from loraplex.errors import (
     ModelNotFound,
     Overloaded,
 )
-from loraplex.flight import Flight
-from loraplex.gating import Gating
 from loraplex.lora.event import (
     ROUTE_DELETE,
     ROUTE_PROMOTE,
@@ -38,13 +36,15 @@ from loraplex.lora.event import (
     SERVER,
 )
 from loraplex.lora.route_revisions import Document, RouteRevision, RouteRevisions, Within
-from loraplex.resolution import Held, Names
 from loraplex.routing.composition import parse_composition
 from loraplex.routing.document import JsonObject, document_of, ramp_of, route_of
 from loraplex.routing.guard import Verdict, judge
 from loraplex.routing.observed import Observed, Window
 from loraplex.routing.route import Gate, Route, Shadow, Target
 from loraplex.routing.router import RULE, Asked, Routed, Router
+from loraplex.serving.flight import Flight
+from loraplex.serving.gating import Gating
+from loraplex.serving.resolution import Held, Names
 
 logger = structlog.get_logger(__name__)
 

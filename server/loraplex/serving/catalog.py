@@ -16,7 +16,6 @@ from sqlalchemy import URL
 
 from loraplex.engine.build import EngineInfo
 from loraplex.errors import AdapterConflict, AdapterQuarantined, AdapterTooLarge
-from loraplex.lineage import Lineage
 from loraplex.lora.event import SERVER, Event
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.reader import AdapterReader, Checked
@@ -25,8 +24,9 @@ from loraplex.lora.report import AdapterReport, BaseFacts, report_on
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import QUARANTINED, READY, Version
-from loraplex.proof_record import is_proof_for
 from loraplex.routing.names import ModelRef, validate_name
+from loraplex.serving.lineage import Lineage
+from loraplex.serving.proof_record import is_proof_for
 from loraplex.text.adapter_text import Brought
 
 

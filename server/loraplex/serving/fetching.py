@@ -7,10 +7,10 @@ from typing import Any
 import stamina
 import structlog
 
-from loraplex.background import Background
-from loraplex.catalog import AdapterCatalog, Catalogued
 from loraplex.errors import SourceUnavailable
 from loraplex.lora.staging import Staging
+from loraplex.serving.background import Background
+from loraplex.serving.catalog import AdapterCatalog, Catalogued
 from loraplex.sources.allow_list import AllowList
 from loraplex.sources.source import Source
 from loraplex.sources.transfer import Transfer

@@ -21,7 +21,6 @@ from folders import make_tokenizer
 from safetensors.torch import save
 
 from harness import Driver, request
-from loraplex.catalog import AdapterCatalog
 from loraplex.config import Settings
 from loraplex.engine import adapter_proofs
 from loraplex.engine import engine as engine_module
@@ -38,6 +37,7 @@ from loraplex.lora.store import AdapterStore
 from loraplex.model.loader import BaseModel, load_base
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.service import Service
+from loraplex.serving.catalog import AdapterCatalog
 from loraplex.text.adapter_texts import AdapterTexts
 from loraplex.text.sampling_defaults import SamplingDefaults
 from tiny import make_model

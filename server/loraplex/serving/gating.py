@@ -12,9 +12,9 @@ from sqlalchemy import Connection
 from loraplex.errors import LoraplexError, RouteRefused
 from loraplex.lora.evaluation_book import EvaluationBook, Result
 from loraplex.lora.route_revisions import Document, Within
-from loraplex.resolution import Names, Resolved
 from loraplex.routing.document import route_of
 from loraplex.routing.route import Gate
+from loraplex.serving.resolution import Names, Resolved
 
 _ROUNDING = 1e-9
 

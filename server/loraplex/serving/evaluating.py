@@ -21,14 +21,14 @@ from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import InvalidRequest, LoraplexError, ModelNotFound, NotReady, Overloaded
 from loraplex.evaluation.evaluation_set import Case, read_set
 from loraplex.evaluation.report import Tally
-from loraplex.gating import Gating
-from loraplex.generation import Generation
-from loraplex.generation_request import GenerationRequest
 from loraplex.lora.evaluation_book import CANCELLED, INTERRUPTED, EvaluationBook, Result, StoredRun, StoredSet
 from loraplex.lora.event import SERVER
-from loraplex.resolution import Names
-from loraplex.routes import Live, Routes
 from loraplex.routing.route import Gate
+from loraplex.serving.gating import Gating
+from loraplex.serving.generation import Generation
+from loraplex.serving.generation_request import GenerationRequest
+from loraplex.serving.resolution import Names
+from loraplex.serving.routes import Live, Routes
 
 logger = structlog.get_logger(__name__)
 

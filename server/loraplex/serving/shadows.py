@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import structlog
 
 from loraplex.errors import LoraplexError
-from loraplex.flight import Flight
-from loraplex.generation import Generation
-from loraplex.generation_request import GenerationRequest
-from loraplex.routes import Arm, Routes
 from loraplex.routing.route import Shadow
 from loraplex.routing.router import Routed
+from loraplex.serving.flight import Flight
+from loraplex.serving.generation import Generation
+from loraplex.serving.generation_request import GenerationRequest
+from loraplex.serving.routes import Arm, Routes
 
 logger = structlog.get_logger(__name__)
 

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-import loraplex.routes
+import loraplex.serving.routes
 from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import AdapterQuarantined, Overloaded
-from loraplex.gating import Gating
 from loraplex.lora.event import ROUTE_ROLLBACK, SERVER
 from loraplex.lora.registry import Registry
-from loraplex.resolution import Held, Resolved
-from loraplex.routes import Routes
 from loraplex.routing.router import Asked
+from loraplex.serving.gating import Gating
+from loraplex.serving.resolution import Held, Resolved
+from loraplex.serving.routes import Routes
 
 TWO = [{"model": "sql@1", "weight": 9}, {"model": "sql@2", "weight": 1}]
 
@@ -178,7 +178,7 @@ async def test_a_change_under_way_decides_before_the_guard(rig: Rig, monkeypatch
     """Somebody changes the route between the verdict and the rollback: theirs holds, and is judged anew."""
     rig.put(guard={"baseline": "sql@1"})
     rig.chance = 0.95
-    judge = loraplex.routes.judge
+    judge = loraplex.serving.routes.judge
 
     def and_then_changed(*judged):
         found = judge(*judged)
@@ -186,7 +186,7 @@ async def test_a_change_under_way_decides_before_the_guard(rig: Rig, monkeypatch
             rig.put(guard={"baseline": "sql@1", "max_non_finite": 9})
         return found
 
-    monkeypatch.setattr(loraplex.routes, "judge", and_then_changed)
+    monkeypatch.setattr(loraplex.serving.routes, "judge", and_then_changed)
     assert await rig.ask(failure=NAN) == "sql@2"
     assert (rig.revision, rig.rollbacks()) == (2, [])
     for _ in range(10):
@@ -226,7 +226,7 @@ async def test_a_place_is_taken_by_what_runs_there(rig: Rig):
 
 async def test_what_runs_is_remembered(rig: Rig, monkeypatch: pytest.MonkeyPatch):
     """However many targets are met: or a limit would be forgotten."""
-    monkeypatch.setattr(loraplex.routes, "MAX_ARMS", 3)
+    monkeypatch.setattr(loraplex.serving.routes, "MAX_ARMS", 3)
     rig.put(targets=[{"model": "sql@1", "max_running": 1}])
     async with AsyncExitStack() as lifetime:
         await rig.hold(lifetime)

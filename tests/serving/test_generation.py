@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from loraplex import errors
 from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput, TokenLogprobs
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.generation import ChoiceDelta, Generation, OutputOptions, as_error
 from loraplex.model.tokenizer import Tokenizer
+from loraplex.serving.generation import ChoiceDelta, Generation, OutputOptions, as_error
 
 
 def make_tokenizer() -> Tokenizer:

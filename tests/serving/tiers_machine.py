@@ -11,6 +11,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, rule
+from three_tiers import MAX_TOKENS, POISON, PROMPTS, TTL, bench, use, write
+from tiers_invariants import Neighbour, Tiers, Work, digests
+from tiers_model import Ref
 
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import (
@@ -23,13 +26,10 @@ from loraplex.errors import (
     Overloaded,
     StorageFull,
 )
-from loraplex.generation_request import GenerationRequest
 from loraplex.lora.digest import WEIGHTS_NAME
 from loraplex.lora.steps import STEPS
-from loraplex.tiers import TIMEOUT
-from three_tiers import MAX_TOKENS, POISON, PROMPTS, TTL, bench, use, write
-from tiers_invariants import Neighbour, Tiers, Work, digests
-from tiers_model import Ref
+from loraplex.serving.generation_request import GenerationRequest
+from loraplex.serving.tiers import TIMEOUT
 
 NAMES = st.sampled_from(["a", "a", "b", "b", "c"])
 GOOD = st.integers(0, POISON - 1)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 
-from loraplex.catalog import AdapterCatalog
 from loraplex.engine.messages import AdapterUse, Composition
 from loraplex.errors import AdapterLoadFailed, ModelNotFound
 from loraplex.lora.version import Version
 from loraplex.routing.composition import Part, parse_composition, scaled
 from loraplex.routing.names import nearest_names
 from loraplex.routing.router import Routed
+from loraplex.serving.catalog import AdapterCatalog
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,19 +15,19 @@ from typing import Any
 
 import structlog
 
-from loraplex.background import Background
-from loraplex.catalog import AdapterCatalog, Catalogued, Prepared
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.durations import Durations
 from loraplex.engine.messages import AdapterUse
 from loraplex.engine.proof_result import ProofResult
 from loraplex.errors import AdapterLoadFailed, AdapterTooLarge, LoraplexError, StartupError
-from loraplex.generation import as_error
 from loraplex.lora.event import OPERATOR
 from loraplex.lora.parents import UNKNOWN_PARENT
 from loraplex.lora.staging import Staging
-from loraplex.path_proof import PathProof
-from loraplex.proof_record import proof_record
+from loraplex.serving.background import Background
+from loraplex.serving.catalog import AdapterCatalog, Catalogued, Prepared
+from loraplex.serving.generation import as_error
+from loraplex.serving.path_proof import PathProof
+from loraplex.serving.proof_record import proof_record
 from loraplex.text.adapter_texts import AdapterTexts
 
 logger = structlog.get_logger(__name__)

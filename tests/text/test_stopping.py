@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loraplex.stopping import StopMatcher
+from loraplex.text.stopping import StopMatcher
 
 TEXT = st.text("ab\n😀", max_size=30)
 STOPS = st.lists(st.text("ab\n😀", min_size=1, max_size=5), max_size=4)

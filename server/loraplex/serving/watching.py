@@ -13,11 +13,11 @@ from pathlib import Path, PurePath
 import structlog
 
 from loraplex.errors import LoraplexError, SourceFailed, StorageFull
-from loraplex.fetching import Fetching
 from loraplex.lora.event import OPERATOR
 from loraplex.lora.files import CONFIG
 from loraplex.lora.parents import UNKNOWN_PARENT
 from loraplex.lora.staging import Staging
+from loraplex.serving.fetching import Fetching
 from loraplex.sources.folder import FolderSource
 from loraplex.sources.transfer import Transfer
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import EngineRequest, SequenceOutput
-from loraplex.generation import NON_FINITE
 from loraplex.routing.observed import Window
+from loraplex.serving.generation import NON_FINITE
 
 Clock = Callable[[], float]
 

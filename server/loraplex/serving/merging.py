@@ -4,13 +4,13 @@ import asyncio
 from dataclasses import asdict
 from typing import Any
 
-from loraplex.catalog import AdapterCatalog
 from loraplex.engine.adapter_merges import MergeStatus
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse
 from loraplex.errors import InvalidRequest, ModelNotFound, NotMergeable
-from loraplex.generation import as_error
 from loraplex.lora.version import Version
+from loraplex.serving.catalog import AdapterCatalog
+from loraplex.serving.generation import as_error
 
 
 class Merging:

@@ -11,7 +11,7 @@ import pytest
 
 from loraplex.engine.messages import EngineRequest, Failure, FinishReason, SequenceOutput, TokenLogprobs
 from loraplex.errors import AdapterInvalid, AdapterLoadFailed, LoraplexError, ProofTimedOut
-from loraplex.path_proof import PathProof
+from loraplex.serving.path_proof import PathProof
 
 SIZES = {"r": 10, "m": 20, "l": 30}
 

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from loraplex.errors import InvalidRequest, ModelNotFound, RouteRefused
-from loraplex.gating import Gating
 from loraplex.lora.evaluation_book import Result
 from loraplex.lora.event import SERVER
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.registry import Registry
 from loraplex.lora.version import READY, Version
-from loraplex.resolution import Resolved, Use
-from loraplex.routes import Live, Routes
+from loraplex.serving.gating import Gating
+from loraplex.serving.resolution import Resolved, Use
+from loraplex.serving.routes import Live, Routes
 
 FACTS = AdapterFacts(1, 1.0, False, 1, ("q_proj",), "F32", 100, 10)
 OLD, NEW = "sql@1", "sql@2"

@@ -12,12 +12,12 @@ from contextlib import ExitStack, aclosing, asynccontextmanager
 from math import isfinite
 from typing import Any
 
-from loraplex.catalog import AdapterCatalog, Prepared
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse, Composition, EngineRequest, TokenLogprobs
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import AdapterInvalid, ProofTimedOut
-from loraplex.generation import NON_FINITE, as_error
+from loraplex.serving.catalog import AdapterCatalog, Prepared
+from loraplex.serving.generation import NON_FINITE, as_error
 
 NUM_TOKENS = 24
 _PARAMS = SamplingParams(max_tokens=0, temperature=0.0, prompt_logprobs=0)
