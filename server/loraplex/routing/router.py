@@ -6,12 +6,12 @@ model), and the highest wins. Raising the share of one target moves keys to it o
 """
 
 import hashlib
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+import numpy as np
 import regex
 
 from loraplex.routing.route import Match, Route, Rule, Target
@@ -19,7 +19,7 @@ from loraplex.routing.route import Match, Route, Rule, Target
 RULE, STICKY, CHANCE = "rule", "sticky", "chance"
 MAX_MATCHED_CHARS = 4096
 REGEX_SECONDS = 0.005
-_MASK = (1 << 64) - 1
+_MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _UNIT = 2.0**-53
 
 
@@ -84,23 +84,19 @@ class _Table:
         live = [(target, share) for target, share in zip(route.targets, shares, strict=True) if share > 0]
         self._targets = [target for target, _ in live]
         self._edges = list(accumulate(share for _, share in live))[:-1]
-        self._scored = [(_seed(target.model), 1 / share, target) for target, share in live]
+        self._seeds = np.array([_seed(target.model) for target in self._targets], np.uint64)
+        self._per_share = np.array([1 / share for _, share in live])
 
     def by_chance(self, chance: float) -> Target:
         return self._targets[bisect_right(self._edges, chance)]
 
     def by_hash(self, key: int) -> Target:
-        best, chosen = -math.inf, self._targets[0]
-        log = math.log
-        for seed, per_share, target in self._scored:
-            # the finalizer of splitmix64: mixes key and target until every bit depends on every other
-            x = key ^ seed
-            x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-            x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-            score = log((((x ^ (x >> 31)) >> 11) + 0.5) * _UNIT) * per_share
-            if score > best:
-                best, chosen = score, target
-        return chosen
+        # the finalizer of splitmix64: mixes key and target until every bit depends on every other
+        x = self._seeds ^ np.uint64(key)
+        x = (x ^ (x >> 30)) * _MIX_1
+        x = (x ^ (x >> 27)) * _MIX_2
+        scores = np.log(((x ^ (x >> 31)) >> 11) * _UNIT + _UNIT / 2) * self._per_share
+        return self._targets[int(scores.argmax())]
 
 
 def _seed(model: str) -> int:
