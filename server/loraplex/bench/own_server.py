@@ -11,6 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import httpx2
+from prometheus_client.parser import text_string_to_metric_families
+
 from loraplex.bench.server import BenchFailed
 
 START_SECONDS = 300.0
@@ -74,6 +77,17 @@ class OwnServer:
             self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+    def phase_seconds(self, histogram: str, phases: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Of a histogram of /metrics with the label `phase`: how many, and seconds of all together, so far."""
+        found = {phase: [0.0, 0.0] for phase in phases}
+        text = httpx2.get(self.url + "/metrics", timeout=60.0, trust_env=False).text
+        for family in text_string_to_metric_families(text):
+            if family.name == histogram:
+                for sample in family.samples:
+                    if sample.name.endswith(("_count", "_sum")):
+                        found[sample.labels["phase"]][sample.name.endswith("_sum")] = sample.value
+        return {phase: (count, seconds) for phase, (count, seconds) in found.items()}
 
     def memory_bytes(self, field: str = "VmRSS") -> int | None:
         """Resident size, shared libraries included: now, or with "VmHWM" at its largest. None where /proc is silent."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx2
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.bench.arrivals import ClosedLoop
 from loraplex.bench.machine import MachineLimits, measure_limits
@@ -153,7 +152,7 @@ class TiersBench:
             short = {"requests": max(1, settings.loads // settings.rounds), "prompt_tokens": 8, "output_tokens": 1}
             self._serve(server, **mix, **short, seed=turn, warm_up=0)
             rounds.append(_anonymous(server))
-        sums = _load_seconds(server)
+        sums = server.phase_seconds("loraplex_adapter_load_seconds", PHASES)
         count = int(sums["disk"][0])
         return {
             "count": count,
@@ -177,15 +176,3 @@ def _anonymous(server: OwnServer) -> int:
 
 def _median(starts: list[Start], name: str) -> float:
     return statistics.median(getattr(start, name) for start in starts)
-
-
-def _load_seconds(server: OwnServer) -> dict[str, tuple[float, float]]:
-    """phase -> how many, and seconds of all together."""
-    text = httpx2.get(server.url + "/metrics", timeout=60.0, trust_env=False).text
-    found = {phase: [0.0, 0.0] for phase in PHASES}
-    for family in text_string_to_metric_families(text):
-        if family.name == "loraplex_adapter_load_seconds":
-            for sample in family.samples:
-                if sample.name.endswith(("_count", "_sum")):
-                    found[sample.labels["phase"]][sample.name.endswith("_sum")] = sample.value
-    return {phase: (count, seconds) for phase, (count, seconds) in found.items()}

@@ -17,9 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import torch
-from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex.bench.arrivals import ClosedLoop
 from loraplex.bench.load import LoadResult
@@ -32,6 +30,7 @@ from loraplex.bench.serve import ServeBench, ServeSettings
 from loraplex.bench.server import BenchFailed, describe_refusal
 
 PHASES = ("receive", "check", "prove", "publish")
+HISTOGRAM = "loraplex_upload_seconds"
 MAX_MODEL_LEN = 512
 _PIECE = 1 << 20
 
@@ -145,13 +144,15 @@ class UploadBench:
 
     def _idle(self, server: OwnServer, body: UploadBody, folder: Path) -> tuple[dict[str, Any], float]:
         """Uploads to a server that does nothing else, the disk's speed between them."""
-        before, times, disk = _phases(server), [], []
+        before, times, disk = server.phase_seconds(HISTOGRAM, PHASES), [], []
         for turn in range(self._settings.idle):
             self._show(f"upload to the idle server, {turn + 1} of {self._settings.idle}")
             disk.append(_write_seconds(folder / "disk", body.weights))
             times.append(self._upload(server, body))
         megabytes = body.num_bytes / 1e6
-        return _summary(times, before, _phases(server), megabytes), megabytes / statistics.median(disk)
+        return _summary(
+            times, before, server.phase_seconds(HISTOGRAM, PHASES), megabytes
+        ), megabytes / statistics.median(disk)
 
     def _rounds(self, server: OwnServer, base: Path, body: UploadBody) -> tuple[list[float], list[float], Any]:
         """The streams' gaps without and with uploads, in seconds, and the uploads."""
@@ -159,7 +160,7 @@ class UploadBench:
         quiet: list[float] = []
         busy: list[float] = []
         times: list[UploadTime] = []
-        before = _phases(server)
+        before = server.phase_seconds(HISTOGRAM, PHASES)
         for turn in range(settings.rounds):
             self._show(f"streams alone, {turn + 1} of {settings.rounds}")
             quiet += _gaps(self._stream(server, base, settings.seconds))
@@ -167,7 +168,7 @@ class UploadBench:
             with _Uploads(lambda: self._upload(server, body)) as uploads:
                 busy += _gaps(self._stream(server, base, settings.seconds))
             times += uploads.times
-        return quiet, busy, _summary(times, before, _phases(server), body.num_bytes / 1e6)
+        return quiet, busy, _summary(times, before, server.phase_seconds(HISTOGRAM, PHASES), body.num_bytes / 1e6)
 
     def _upload(self, server: OwnServer, body: UploadBody) -> UploadTime:
         """Raises BenchFailed with the server's words."""
@@ -254,18 +255,6 @@ def _write_seconds(path: Path, data: bytearray) -> float:
     seconds = time.perf_counter() - started
     path.unlink()
     return seconds
-
-
-def _phases(server: OwnServer) -> dict[str, tuple[float, float]]:
-    """phase of an upload -> how many, and seconds of all together, so far."""
-    found = {phase: [0.0, 0.0] for phase in PHASES}
-    text = httpx2.get(server.url + "/metrics", timeout=60.0, trust_env=False).text
-    for family in text_string_to_metric_families(text):
-        if family.name == "loraplex_upload_seconds":
-            for sample in family.samples:
-                if sample.name.endswith(("_count", "_sum")):
-                    found[sample.labels["phase"]][sample.name.endswith("_sum")] = sample.value
-    return {phase: (count, seconds) for phase, (count, seconds) in found.items()}
 
 
 def _summary(
