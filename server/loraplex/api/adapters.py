@@ -74,26 +74,32 @@ async def _upload(request: Request, service: Service) -> Catalogued:
 
 async def _receive(request: Request, body: AdapterUpload, service: Service) -> None:
     """Feed the body to the staging in pieces worth a trip to a background thread: one is taken in there while the next
-    comes from the socket."""
+    comes from the socket. When this ends, however it does, no thread is at work for it any more."""
     pending: list[bytes] = []
-    size = 0
     feeding: asyncio.Future[None] | None = None
+
+    async def feed() -> None:
+        nonlocal feeding, pending
+        if feeding is not None:
+            await asyncio.shield(feeding)
+        feeding = asyncio.ensure_future(service.background.run(body.feed, b"".join(pending)))
+        pending = []
+
     try:
+        size = 0
         async for chunk in request.stream():
             pending.append(chunk)
             size += len(chunk)
             if size >= _BATCH_BYTES:
-                if feeding is not None:
-                    await feeding
-                feeding = asyncio.ensure_future(service.background.run(body.feed, b"".join(pending)))
-                pending, size = [], 0
-        if feeding is not None:
-            await feeding
-        if pending:
-            await service.background.run(body.feed, b"".join(pending))
+                await feed()
+                size = 0
+        await feed()
+        assert feeding is not None
+        await asyncio.shield(feeding)
     finally:
         if feeding is not None:
             await asyncio.wait([feeding])  # what a thread is writing cannot be taken back
+            feeding.exception()  # whoever is to hear of it has
 
 
 @router.get("")
