@@ -1,7 +1,9 @@
 """What is asked of RAM and device beside requests, step by step on a clock that a test moves."""
 
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import NoReturn
 
 import pytest
 
@@ -62,3 +64,34 @@ def test_a_place_that_is_given_up_in_time_is_taken(world: World, engine: Engine,
     (answer,) = engine.step().answers
     assert answer.value is None
     assert wished in engine.places
+
+
+def test_a_load_that_nobody_waits_for_any_more_fails_nobody_else(
+    world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
+    wanted, _ = world.adapters
+    let_go = threading.Event()
+
+    def unreadable(digest: str, on_files: object) -> NoReturn:
+        assert let_go.wait(30)
+        raise OSError("the disk stumbles once")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.loads, "_read", unreadable)
+        engine.add(request("a", random_ids(4, seed=1), world.use(wanted), max_tokens=4))
+        engine.step()  # the load begins
+        engine.abort("a")
+        assert not engine.has_work
+        let_go.set()
+        finished = engine.loads._finished
+        finished.put(finished.get(timeout=30))  # when it has ended
+    assert engine.has_work
+    engine.step()
+    assert not engine.has_work
+    assert not engine.scheduler.loading
+    engine.residency.add(1, world.use(wanted)[0], "ram", timeout=30)
+    answers = []
+    while not answers:
+        answers = engine.step().answers
+    assert answers[0].value is None
+    assert wanted in engine.cache

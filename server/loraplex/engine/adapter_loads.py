@@ -45,6 +45,11 @@ class AdapterLoads:
     def start(self, digest: str) -> None:
         self._executor.submit(self._run, digest)
 
+    @property
+    def has_finished(self) -> bool:
+        """Whether `poll` would return something."""
+        return not self._finished.empty()
+
     def poll(self) -> list[FinishedLoad]:
         """The loads that ended since the last call."""
         finished = []

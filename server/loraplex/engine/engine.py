@@ -115,7 +115,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences) or self.proofs.has_work or self.merges.has_work or self.residency.has_work
+        """Also while a load has ended that nobody waits for any more: untaken, it would answer the next who asks."""
+        is_asked = bool(self._sequences) or self.proofs.has_work or self.merges.has_work or self.residency.has_work
+        return is_asked or self.loads.has_finished
 
     @property
     def is_stalled(self) -> bool:
