@@ -90,7 +90,11 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
         "_is_held",
         lambda self, digest: bool(self._leases.get(digest)),
     ),
-    "an adapter that runs is evicted": (AdapterCache, "_is_held", lambda self, digest: digest in self._pins),
+    "an adapter that runs is evicted": (
+        AdapterCache,
+        "_is_held",
+        lambda self, digest: digest in self._pins or (bool(self._leases) and digest not in self._leases),
+    ),
     "evicted beyond need": (AdapterCache, "can_reserve", lambda self, *_: True),
     "a place is not emptied": (Engine, "_forget_place", forget_place),
     "a place holds other bytes": (AdapterPool, "load", load_another),

@@ -94,6 +94,7 @@ class TiersMachine(Tiers):
         verb, arguments = operation
         self.evicted.clear()
         getattr(self, verb)(**arguments)
+        self.reap()  # what came to its end while the verb took steps
 
     # -- the server's verbs -----------------------------------------------------------------------------------
 
