@@ -1,5 +1,8 @@
 """Tiny configs of every architecture that is said to be served, and of those that are refused by name."""
 
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
 from tiny import SHAPE, VOCAB
 
 _HEADS = {**SHAPE, "head_dim": 32}
@@ -100,14 +103,20 @@ SERVED: dict[str, tuple[str, dict, str]] = {
     ),
 }
 
+_OLD = {"vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_positions": 512, "rotary_dim": 16, "eos_token_id": 2}
+
+# Those whose attention goes through transformers' interface from its 5.24 on. Earlier ones refuse them by name.
+ROUTED_LATE: dict[str, tuple[str, dict, str]] = {
+    "gptj": ("gptj", {**_OLD, "n_head": 2}, "parallel blocks, partial rotary"),
+    "codegen": ("codegen", {**_OLD, "n_head": 4}, "fused q, v, k in four parts"),
+}
+
 # model_type -> (config, words of the refusal)
 REFUSED: dict[str, tuple[dict, tuple[str, ...]]] = {
     "falcon": ({}, ("falcon", "attention interface")),
     "bloom": ({}, ("bloom", "attention interface")),
     "mpt": ({}, ("mpt", "attention interface")),
-    "gptj": ({}, ("gptj", "attention interface")),
     "gpt_neo": ({}, ("gpt_neo", "attention interface")),
-    "codegen": ({}, ("codegen", "attention interface")),
     "mamba": ({}, ("mamba", "recurrent state")),
     "qwen3_next": ({}, ("qwen3_next", "recurrent state", "linear_attention")),
     "qwen3_5_text": ({}, ("qwen3_5_text", "recurrent state")),
@@ -115,3 +124,9 @@ REFUSED: dict[str, tuple[dict, tuple[str, ...]]] = {
     "granitemoehybrid": ({}, ("granitemoehybrid", "recurrent state")),
     "t5": ({}, ("t5", "encoder")),
 }
+
+for _name, _row in ROUTED_LATE.items():
+    if MODEL_FOR_CAUSAL_LM_MAPPING[type(AutoConfig.for_model(_row[0]))]._supports_attention_backend:
+        SERVED[_name] = _row
+    else:
+        REFUSED[_row[0]] = ({}, (_row[0], "attention interface"))

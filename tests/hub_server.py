@@ -31,9 +31,9 @@ class Hub:
                 for name, value in headers.items():
                     self.send_header(name, value)
                 self.send_header("content-length", str(len(body)))
+                self.send_header("connection", "close")  # else a client may send its next request into the end
                 self.end_headers()
                 self.wfile.write(body[: len(body) // 2] if hub.cut else body)
-                self.close_connection = True
 
             def log_message(self, format: str, *args: object) -> None:
                 pass

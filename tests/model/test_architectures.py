@@ -10,7 +10,7 @@ from adapter_shapes import SHAPES
 from matrix import build, head, run_row, table_in
 from transformers import AutoConfig
 
-from architectures import REFUSED, SERVED
+from architectures import REFUSED, ROUTED_LATE, SERVED
 from loraplex.errors import UnsupportedModel
 from loraplex.model.support import check_config, check_length, freeze_rope
 
@@ -76,6 +76,6 @@ def test_longrope_is_frozen_by_the_servers_length(max_model_len: int, is_long: b
 def test_readme_lists_what_is_tested():
     first, rule, *rows = table_in(README.read_text(encoding="utf-8")).splitlines()
     assert f"{first}\n{rule}" == head()
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == list(SERVED)
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [*(SERVED | ROUTED_LATE)]
     assert len(SERVED) >= 24
     assert len(SHAPES) >= 12
