@@ -32,7 +32,7 @@ def test_upload(limits):
     settings = UploadSettings(megabytes=0.2, streams=2, idle=2, rounds=1, seconds=1.0, shape=TINY)
     shown: list[str] = []
     result = UploadBench(settings, shown.append, limits).run()
-    assert shown[-1] == "streams beside uploads, 1 of 1"
+    assert shown[-2:] == ["streams beside uploads, 1 of 1", "streams beside writes, 1 of 1"]
     assert abs(result["bytes"] - 200_000) < 40_000
     assert result["idle"]["uploads"] == 2
     assert result["beside"]["uploads"] >= 1
@@ -40,6 +40,8 @@ def test_upload(limits):
         assert set(part["phase_seconds"]) == set(PHASES)
         assert 0 < sum(part["phase_seconds"].values()) <= 2 * part["seconds"] * part["uploads"]
         assert 0 < part["sent_seconds"] <= part["seconds"]
+    assert all(speed > 0 for speed in result["disk_mb_s"].values())
+    assert set(result["gaps_ms"]) == {"alone", "beside", "writes"}
     assert all(gaps["p50"] <= gaps["p99"] <= gaps["max"] for gaps in result["gaps_ms"].values())
     assert json.loads(json.dumps(result)) == result
     assert upload_table(result).row_count > len(PHASES)

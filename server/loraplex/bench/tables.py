@@ -235,19 +235,21 @@ def tiers_table(result: Mapping[str, Any]) -> Table:
 def upload_table(result: Mapping[str, Any]) -> Table:
     """Of `UploadBench.run`."""
     settings, disk = result["settings"], result["disk_mb_s"]
-    size = f"{result['bytes'] / 1e6:.0f} MB (rank {result['rank']})"
-    table = Table("", "idle server", f"{settings['streams']} streams", title=f"Uploads of {size}; disk {disk:.0f} MB/s")
+    title = f"Uploads of {result['bytes'] / 1e6:.0f} MB (rank {result['rank']})"
+    table = Table("", "idle server", f"{settings['streams']} streams", title=title)
     idle, beside = result["idle"], result["beside"]
     for phase in idle["phase_seconds"]:
         table.add_row(phase, *(f"{one['phase_seconds'][phase]:.2f} s" for one in (idle, beside)))
     table.add_row("to the 201, median", *(f"{one['seconds']:.2f} s" for one in (idle, beside)))
-    for title, rate in (("received and synced", "receive_mb_s"), ("accepted", "mb_s")):
-        shares = (f"{one[rate]:.0f} MB/s = {one[rate] / disk:.2f} x disk" for one in (idle, beside))
-        table.add_row(title, *shares)
+    table.add_row("the disk alone", *(f"{disk[name]:.0f} MB/s" for name in ("idle", "beside")))
+    for row, rate in (("received and synced", "receive_mb_s"), ("accepted", "mb_s")):
+        pairs = ((idle[rate], disk["idle"]), (beside[rate], disk["beside"]))
+        table.add_row(row, *(f"{value:.0f} MB/s = {value / limit:.2f} x disk" for value, limit in pairs))
     table.add_section()
-    alone, busy = result["gaps_ms"]["alone"], result["gaps_ms"]["beside"]
-    table.add_row("between tokens", "no upload", "beside uploads")
+    gaps = result["gaps_ms"]
+    table.add_row("between tokens, alone", "beside writes", "beside uploads")
     for name in ("p50", "p99", "max"):
-        ratio = busy[name] / alone[name]
-        table.add_row(f"  {name}", f"{alone[name]:.1f} ms", f"{busy[name]:.1f} ms = {ratio:.2f} x")
+        alone = gaps["alone"][name]
+        others = (f"{gaps[kind][name]:.1f} ms = {gaps[kind][name] / alone:.2f} x" for kind in ("writes", "beside"))
+        table.add_row(f"  {name} {alone:.1f} ms", *others)
     return table

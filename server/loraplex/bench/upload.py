@@ -1,8 +1,11 @@
 """UploadBench: what an upload costs, and what it costs the streams beside it.
 
-A server of this installation with a random base; streams of adapters over HTTP, in turns with uploads of a large
-adapter beside them and without. The disk's own speed is taken in the same run, on the same file system, with the same
-bytes: written in pieces of 1 MiB and synced. The uploads come from this process, from a thread that only sends.
+A server of this installation with a random base; streams of adapters over HTTP, in turns alone, beside uploads of a
+large adapter, and beside plain writes of the same bytes at the same pace. The uploads come from this process, from a
+thread that only sends.
+
+The disk's own speed is what a program reaches that does nothing but write those bytes into a new file, in pieces of 1
+MiB, and sync it: on the idle machine, and beside the same streams, since on few cores a write waits for one, too.
 """
 
 import asyncio
@@ -15,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -34,13 +37,15 @@ HISTOGRAM = "loraplex_upload_seconds"
 MAX_MODEL_LEN = 512
 _PIECE = 1 << 20
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadSettings:
     """megabytes   of the uploaded adapter, 10^6 bytes, about: its rank is a whole number
     idle           uploads to an idle server
-    rounds         of streams alone and streams with uploads beside them, in turns
-    seconds        of each half of a round
+    rounds         of streams alone, streams beside uploads and streams beside writes, in turns
+    seconds        of each third of a round
     proof          as `serve` takes it
     shape          changes to the model's config
     """
@@ -106,7 +111,8 @@ class UploadBench:
         self._count = 0
 
     def run(self) -> dict[str, Any]:
-        """{"settings", "rank", "bytes", "disk_mb_s", "idle", "beside", "gaps_ms"}; of uploads the medians."""
+        """{"settings", "rank", "bytes", "disk_mb_s", "idle", "beside", "gaps_ms"}; of uploads and writes the
+        medians."""
         settings = self._settings
         if self._limits is None:
             self._limits = measure_limits(torch.device("cpu"), settings.threads, (torch.bfloat16,))
@@ -122,16 +128,20 @@ class UploadBench:
             with OwnServer(self._arguments(base, folder, rank), folder) as server:
                 self._stream(server, base, seconds=None)
                 self._upload(server, body)  # whatever is done once is done
-                idle, disk = self._idle(server, body, folder)
-                quiet, busy, beside = self._rounds(server, base, body)
+                idle, writes = self._idle(server, body, folder)
+                gaps, beside, writes_beside = self._rounds(server, base, body, folder)
+        megabytes = body.num_bytes / 1e6
         return {
             "settings": asdict(settings) | {"shape": dict(settings.shape)},
             "rank": rank,
             "bytes": body.num_bytes,
-            "disk_mb_s": disk,
+            "disk_mb_s": {
+                "idle": megabytes / statistics.median(writes),
+                "beside": megabytes / statistics.median(writes_beside),
+            },
             "idle": idle,
             "beside": beside,
-            "gaps_ms": {"alone": _spread(quiet), "beside": _spread(busy)},
+            "gaps_ms": {name: _spread(values) for name, values in gaps.items()},
         }
 
     def _arguments(self, base: Path, folder: Path, rank: int) -> list[str]:
@@ -142,33 +152,40 @@ class UploadBench:
 
     # -- uploads ----------------------------------------------------------------------------------------------
 
-    def _idle(self, server: OwnServer, body: UploadBody, folder: Path) -> tuple[dict[str, Any], float]:
-        """Uploads to a server that does nothing else, the disk's speed between them."""
-        before, times, disk = server.phase_seconds(HISTOGRAM, PHASES), [], []
+    def _idle(self, server: OwnServer, body: UploadBody, folder: Path) -> tuple[dict[str, Any], list[float]]:
+        """Uploads to a server that does nothing else, and the seconds of writes between them."""
+        before, times, writes = server.phase_seconds(HISTOGRAM, PHASES), [], []
         for turn in range(self._settings.idle):
             self._show(f"upload to the idle server, {turn + 1} of {self._settings.idle}")
-            disk.append(_write_seconds(folder / "disk", body.weights))
+            writes.append(_write_seconds(folder / "disk", body.weights))
             times.append(self._upload(server, body))
-        megabytes = body.num_bytes / 1e6
-        return _summary(
-            times, before, server.phase_seconds(HISTOGRAM, PHASES), megabytes
-        ), megabytes / statistics.median(disk)
+        return _summary(times, before, server.phase_seconds(HISTOGRAM, PHASES), body.num_bytes / 1e6), writes
 
-    def _rounds(self, server: OwnServer, base: Path, body: UploadBody) -> tuple[list[float], list[float], Any]:
-        """The streams' gaps without and with uploads, in seconds, and the uploads."""
+    def _rounds(
+        self, server: OwnServer, base: Path, body: UploadBody, folder: Path
+    ) -> tuple[dict[str, list[float]], dict[str, Any], list[float]]:
+        """The streams' gaps in seconds alone, beside uploads ("beside") and beside writes; the uploads; the seconds of
+        the writes."""
         settings = self._settings
-        quiet: list[float] = []
-        busy: list[float] = []
+        gaps: dict[str, list[float]] = {"alone": [], "beside": [], "writes": []}
         times: list[UploadTime] = []
+        writes: list[float] = []
         before = server.phase_seconds(HISTOGRAM, PHASES)
+
+        def stream(kind: str, title: str, turn: int) -> None:
+            self._show(f"{title}, {turn + 1} of {settings.rounds}")
+            gaps[kind] += _gaps(self._stream(server, base, settings.seconds))
+
         for turn in range(settings.rounds):
-            self._show(f"streams alone, {turn + 1} of {settings.rounds}")
-            quiet += _gaps(self._stream(server, base, settings.seconds))
-            self._show(f"streams beside uploads, {turn + 1} of {settings.rounds}")
-            with _Uploads(lambda: self._upload(server, body)) as uploads:
-                busy += _gaps(self._stream(server, base, settings.seconds))
-            times += uploads.times
-        return quiet, busy, _summary(times, before, server.phase_seconds(HISTOGRAM, PHASES), body.num_bytes / 1e6)
+            stream("alone", "streams alone", turn)
+            with _Beside(lambda: self._upload(server, body)) as uploads:
+                stream("beside", "streams beside uploads", turn)
+            times += uploads.results
+            pace = statistics.median(one.accepted for one in times)
+            with _Beside(lambda: _write_seconds(folder / "disk", body.weights), pace) as written:
+                stream("writes", "streams beside writes", turn)
+            writes += written.results
+        return gaps, _summary(times, before, server.phase_seconds(HISTOGRAM, PHASES), body.num_bytes / 1e6), writes
 
     def _upload(self, server: OwnServer, body: UploadBody) -> UploadTime:
         """Raises BenchFailed with the server's words."""
@@ -213,24 +230,28 @@ class UploadBench:
         return run.result
 
 
-class _Uploads:
-    """One upload after the other in a thread, until the block ends; the last is waited for."""
+class _Beside(Generic[T]):
+    """`work` again and again in a thread, one every `pace` seconds or without a pause, until the block ends; the last
+    is waited for."""
 
-    def __init__(self, upload: Callable[[], UploadTime]):
-        self.times: list[UploadTime] = []
-        self._upload = upload
+    def __init__(self, work: Callable[[], T], pace: float = 0.0):
+        self.results: list[T] = []
+        self._work = work
+        self._pace = pace
         self._over = threading.Event()
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="uploads")
+        self._thread = threading.Thread(target=self._run, name="beside")
 
     def _run(self) -> None:
         try:
             while not self._over.is_set():
-                self.times.append(self._upload())
+                started = time.perf_counter()
+                self.results.append(self._work())
+                self._over.wait(max(0.0, started + self._pace - time.perf_counter()))
         except Exception as error:
             self._error = error
 
-    def __enter__(self) -> "_Uploads":
+    def __enter__(self) -> "_Beside[T]":
         self._thread.start()
         return self
 
