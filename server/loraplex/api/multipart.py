@@ -118,7 +118,7 @@ class AdapterUpload:
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._part.file is not None:
-            self._part.file.write(data[start:end])
+            self._part.file.write(memoryview(data)[start:end])
         else:
             name = self._part.name
             self._texts[name].extend(data[start:end])

@@ -21,7 +21,7 @@ class RunningDigest:
         self._taking: Future[None] | None = None
         self._unsynced = 0
 
-    def add(self, data: bytes) -> None:
+    def add(self, data: bytes | memoryview) -> None:
         """The next bytes; they must not change any more. Raises OSError when the disk refuses earlier ones."""
         self._wait()
         if len(data) < _LARGE_PIECE:
@@ -31,7 +31,7 @@ class RunningDigest:
             self._thread = ThreadPoolExecutor(1, "digest")
         self._taking = self._thread.submit(self._take, data)
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, data: bytes | memoryview) -> None:
         self._sha.update(data)
         self._unsynced += len(data)
         if self._unsynced >= _SYNC_BYTES:

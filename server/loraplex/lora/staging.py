@@ -62,8 +62,8 @@ class StagedFile:
         self._digest = RunningDigest(self._fd)
         step("stage: file opened")
 
-    def write(self, data: bytes) -> None:
-        """Append `data`. Raises AdapterTooLarge and StorageFull; the staging is of no use after either."""
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`, which must not change any more. Raises AdapterTooLarge and StorageFull; the staging is of no use after either."""
         size = len(data)
         if self._limit is not None and self.nbytes + size > self._limit:
             raise AdapterTooLarge(
