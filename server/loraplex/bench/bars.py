@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex.bench.arrivals import ClosedLoop
+from loraplex.bench.bar import NOT_MEASURED, Bar
 from loraplex.bench.machine import MachineLimits
 from loraplex.bench.own_server import OwnServer
 from loraplex.bench.popularity import Popularity
@@ -31,7 +32,6 @@ GB = 1e9
 NUM_HOT = 8
 NUM_IN_RAM = 100
 MAX_MODEL_LEN = 512
-NOT_MEASURED = "not measured"
 ELSEWHERE = (
     "The limit is made of a peer's figure on another machine (one core of an AMD Genoa; bf16, 124.7 M parameters): it "
     "says nothing certain until the peer runs beside this server."
@@ -58,29 +58,6 @@ class BarsSettings:
     shape: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bar:
-    """`limit` is the least or (`is_least` false) the most. `measured` None: see `note`. `is_elsewhere`: the limit is of
-    another machine."""
-
-    bar: str
-    limit: float
-    unit: str
-    measured: float | None
-    is_least: bool = True
-    is_elsewhere: bool = False
-    note: str = NOT_MEASURED
-
-    @property
-    def is_met(self) -> bool | None:
-        if self.measured is None:
-            return None
-        return self.measured >= self.limit if self.is_least else self.measured <= self.limit
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"is_met": self.is_met}
-
-
 class Bars:
     def __init__(
         self,
@@ -95,7 +72,7 @@ class Bars:
         self._errors: list[str] = []
 
     def run(self) -> dict[str, Any]:
-        """{"machine", "bars", "notes", "errors", "step", "serve"}: see `loraplex bench bars --json`."""
+        """{"title", "machine", "bars", "notes", "errors", "step", "serve"}: see `loraplex bench bars --json`."""
         step = self._step()
         runs: dict[str, list[ServeRun]] = {}
         peak = None
@@ -109,6 +86,7 @@ class Bars:
                 runs |= many
         bars = [*step_bars(step["ratios"]), *self._http_bars(runs), *self._many_bars(runs, peak)]
         return {
+            "title": "CPU bars",
             "settings": asdict(self._settings) | {"shape": dict(self._settings.shape)},
             "machine": step["machine"],
             "bars": [bar.to_json() for bar in bars],

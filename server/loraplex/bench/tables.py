@@ -154,8 +154,8 @@ def pmf_text(pmf: Sequence[float]) -> str:
 
 
 def bars_table(result: Mapping[str, Any]) -> Table:
-    """Of `Bars.run`."""
-    table = Table("bar", "limit", "measured", "met", title="CPU bars")
+    """Of `Bars.run` and `CudaBars.run`."""
+    table = Table("bar", "limit", "measured", "met", title=result["title"])
     for row in result["bars"]:
         sign = "≥" if row["is_least"] else "≤"
         digits = 0 if row["unit"] in ("tokens/s", "ops") else 3 if row["unit"] == "×" else 2

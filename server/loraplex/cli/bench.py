@@ -301,6 +301,28 @@ def bars(
     _finish(result, bars_table, bars_notes, output, json_output)
 
 
+@app.command("cuda")
+def cuda(
+    context: Annotated[int, typer.Option(help="Tokens behind each sequence.", min=1)] = 1024,
+    rounds: Annotated[int, typer.Option(help="Rounds of bench step.", min=1)] = 12,
+    beside: Annotated[bool, typer.Option("--peers/--no-peers", help="transformers' and PEFT's generate, too.")] = True,
+    output: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Measure the CUDA bars of DESIGN §8 on a random base of the 8B shape, in process, and show them in a table.
+
+    Without this command line, on a machine that lacks its libraries: python -m loraplex.bench.cuda_bars.
+    """
+    prepare_process()
+    from loraplex.bench.cuda_bars import CudaBars, CudaSettings, bars_notes
+    from loraplex.bench.tables import bars_table
+
+    settings = CudaSettings(context=context, prefill=2 * context, rounds=rounds, peers=beside)
+    with _shown() as show:
+        result = CudaBars(settings, show).run()
+    _finish(result, bars_table, bars_notes, output, json_output)
+
+
 @app.command("peers")
 def peers(
     llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's llama-server.")] = None,

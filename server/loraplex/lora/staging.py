@@ -63,7 +63,8 @@ class StagedFile:
         step("stage: file opened")
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, which must not change any more. Raises AdapterTooLarge and StorageFull; the staging is of no use after either."""
+        """Append `data`, which must not change any more. Raises AdapterTooLarge and StorageFull; the staging is of no
+        use after either."""
         size = len(data)
         if self._limit is not None and self.nbytes + size > self._limit:
             raise AdapterTooLarge(
