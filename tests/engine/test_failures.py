@@ -1,10 +1,14 @@
 """A step that fails ends its batch, not the server; a row that fails ends itself, not its neighbours."""
 
+import weakref
+
 import pytest
 import torch
 
 from harness import Driver, World, make_world, random_ids, request
-from loraplex.engine.engine import MAX_FAILED_STEPS, EngineDied, is_device_error
+from loraplex.engine import engine as engine_module
+from loraplex.engine.device_errors import is_device_error, is_out_of_memory
+from loraplex.engine.engine import MAX_FAILED_STEPS, EngineDied
 from loraplex.engine.messages import FinishReason
 
 
@@ -106,6 +110,57 @@ def test_a_device_error_ends_the_engine_and_out_of_memory_does_not():
     assert is_device_error(torch.AcceleratorError("an illegal memory access", 700))
     assert not is_device_error(torch.cuda.OutOfMemoryError("too much"))
     assert not is_device_error(RuntimeError("anything"))
+    refused = torch.AcceleratorError("out of memory", 2)
+    refused.error_code = 2  # as torch sets it when CUDA says so
+    for error in (refused, torch.OutOfMemoryError("too much")):
+        assert is_out_of_memory(error)
+        assert not is_device_error(error)
+    assert not is_out_of_memory(torch.AcceleratorError("an illegal memory access", 700))
+
+
+def test_out_of_memory_ends_the_batch_frees_what_it_held_and_names_the_flag(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """What torch keeps is given back once the failed step's own tensors are gone; the next step runs."""
+    forward = world.runner.forward
+    held: list[weakref.ref] = []
+    freed: list[bool] = []
+    fails = {2, 3, 5}
+
+    def failing(batch, merged=None, calls=iter(range(10_000))):  # noqa: B008  one counter for all calls
+        activations = torch.ones(1000)
+        if next(calls) in fails:
+            held.append(weakref.ref(activations))
+            try:
+                activations.view(7)
+            except RuntimeError as error:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB") from error
+        return forward(batch, merged)
+
+    monkeypatch.setattr(world.runner, "forward", failing)
+    monkeypatch.setattr(engine_module, "free_cached_memory", lambda device: freed.append(held[-1]() is None))
+    with world.engine(max_num_seqs=1) as engine:
+        driver = Driver(engine)
+        for i in range(6):
+            driver.add(request(str(i), random_ids(5, seed=i), max_tokens=2))
+        outcomes = driver.run()
+    assert freed == [True] * 3
+    failed = [o.outputs[-1].failure for o in outcomes.values() if o.finish_reason is FinishReason.ERROR]
+    assert [failure is not None and failure.code for failure in failed] == ["insufficient_memory"] * 3
+    assert all(failure and "--gpu-memory-utilization" in failure.message for failure in failed)
+    assert sum(o.finish_reason is FinishReason.LENGTH for o in outcomes.values()) == 3
+    assert engine.last_error is not None
+    assert "Tried to allocate" in engine.last_error
+
+
+def test_three_steps_out_of_memory_in_a_row_end_the_engine(world: World, monkeypatch: pytest.MonkeyPatch):
+    with world.engine(max_num_seqs=1) as engine:
+        fail_at(world, monkeypatch, set(range(10)), torch.OutOfMemoryError("too much"))
+        driver = Driver(engine)
+        for i in range(MAX_FAILED_STEPS):
+            driver.add(request(str(i), random_ids(5, seed=i)))
+        with pytest.raises(EngineDied, match="3 steps in a row"):
+            driver.run()
 
 
 def test_an_adapter_that_gives_nan_ends_only_its_own_row(world: World):

@@ -15,8 +15,10 @@ from loraplex.engine.adapter_proofs import AdapterProofs
 from loraplex.engine.adapter_residency import AdapterResidency
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.device_errors import describe, is_device_error, is_out_of_memory, let_go
 from loraplex.engine.durations import DurationCounts, Durations
 from loraplex.engine.eviction import eviction_policy
+from loraplex.engine.memory import free_cached_memory
 from loraplex.engine.merge_policy import MergePolicy
 from loraplex.engine.messages import (
     Command,
@@ -186,11 +188,13 @@ class Engine:
 
     def _survive(self, batch: ScheduledBatch, error: Exception) -> list[SequenceOutput]:
         self._num_failed_steps += 1
-        failure = Failure("engine_step_failed", f"The engine failed while computing this request: {describe(error)}.")
-        outputs = self.scheduler.fail(batch, failure)
+        outputs = self.scheduler.fail(batch, _failure_of(error))
         for place, _ in batch.adapter_loads:
             self.runner.pool.clear(place)
         self.last_error = "".join(traceback.format_exception(error))
+        if is_out_of_memory(error):
+            let_go(error)  # first, or nothing would be free
+            free_cached_memory(self.runner.base.device)
         try:
             self.check_integrity()
         except AssertionError as broken:
@@ -321,14 +325,13 @@ class Engine:
         return None
 
 
-def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def is_device_error(error: BaseException) -> bool:
-    """Whether the accelerator itself is gone: its context cannot be used after such an error. Running out of its
-    memory ends a batch only."""
-    import torch
-
-    accelerator_error = getattr(torch, "AcceleratorError", ())
-    return isinstance(error, accelerator_error) and not isinstance(error, torch.cuda.OutOfMemoryError)
+def _failure_of(error: Exception) -> Failure:
+    """What the requests of a step are told that ended with `error`."""
+    if is_out_of_memory(error):
+        return Failure(
+            "insufficient_memory",
+            "The device ran out of memory while computing this request and those beside it. Send it again; if that "
+            "happens often, start the server with a lower --gpu-memory-utilization (or --kv-cache-bytes), so that more "
+            "is left for a step, or with a lower --max-num-batched-tokens, so that a step needs less.",
+        )
+    return Failure("engine_step_failed", f"The engine failed while computing this request: {describe(error)}.")

@@ -1,4 +1,4 @@
-"""available_memory: what can be allocated on a device now."""
+"""What can be allocated on a device now, and how much it has."""
 
 import os
 from pathlib import Path
@@ -28,3 +28,14 @@ def available_memory(device: torch.device) -> int:
     except (OSError, ValueError):
         pass
     return max(0, available)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of an accelerator's own memory; 0 where there is none to be shared out."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+
+
+def free_cached_memory(device: torch.device) -> None:
+    """Give what torch keeps for later back to an accelerator, after an allocation failed there. Waits for it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
