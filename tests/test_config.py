@@ -51,6 +51,7 @@ def test_modules_and_names(tmp_path):
         ({"device": "tpu"}, "--device"),
         ({"dtype": "int4"}, "--dtype"),
         ({"max_loras": 0}, "--max-loras"),
+        ({"gpu_memory_utilization": 1.1}, "--gpu-memory-utilization"),
         ({"adapter_cache_bytes": "lots"}, "--adapter-cache-bytes"),
         ({"lora_modules": ["nopath"]}, "--lora-modules"),
         ({"lora_modules": ["a b=/x"]}, "--lora-modules"),

@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     eviction: Literal["lru", "lrfu"] = "lrfu"
     adapter_ttl: float | None = Field(None, gt=0)
     kv_cache_bytes: ByteSize | None = None
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     max_num_seqs: int = Field(32, ge=1, le=4096)
     max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)
     max_model_len: int | None = Field(None, ge=64)

@@ -456,6 +456,7 @@ def engine_spec(settings: Settings, tokenizer: Tokenizer) -> EngineSpec:
         adapter_cache_bytes=int(settings.adapter_cache_bytes),
         eviction=settings.eviction,
         kv_cache_bytes=None if settings.kv_cache_bytes is None else int(settings.kv_cache_bytes),
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_model_len=settings.max_model_len,

@@ -98,8 +98,31 @@ def test_the_cache_of_a_device_takes_most_of_what_the_pool_leaves(base: BaseMode
     assert free * 4 // 5 - 16 * TOKEN_BYTES < plan.kv_bytes <= free * 4 // 5
 
 
+def test_a_share_of_a_device_is_planned_with(base: BaseModel, memory, monkeypatch: pytest.MonkeyPatch):
+    """What is withheld is a share of all its memory, also where others have taken some of it."""
+    on_device = replace(base, device=torch.device("meta"))
+    monkeypatch.setattr(build, "total_memory", lambda device: 80 << 30)
+    memory(64 << 30)
+    for share, left in ((1.0, 64 << 30), (None, 56 << 30), (0.5, 24 << 30), (0.125, 0)):
+        spec = replace(SPEC, max_num_seqs=10**6, gpu_memory_utilization=share)
+        if not left:
+            with pytest.raises(StartupError, match=r" 0 are available on meta.*raise --gpu-memory-utilization"):
+                plan_memory(spec, on_device, GEOMETRY, 1024)
+            continue
+        plan = plan_memory(spec, on_device, GEOMETRY, 1024)
+        assert abs(plan.available_bytes - left) <= 1
+        assert plan.kv_bytes + plan.pool_bytes <= plan.available_bytes
+        assert plan.kv_bytes > (plan.available_bytes - plan.pool_bytes) * 4 // 5 - 16 * TOKEN_BYTES - 1
+
+
+def test_a_share_of_no_device_is_refused(base: BaseModel, memory):
+    with pytest.raises(StartupError, match="--gpu-memory-utilization.*on the CPU"):
+        plan_memory(replace(SPEC, gpu_memory_utilization=0.5), base, GEOMETRY, 64)
+
+
 def test_available_memory_of_this_machine():
     assert 0 < build.available_memory(torch.device("cpu")) < 1 << 50
+    assert build.total_memory(torch.device("cpu")) == 0
 
 
 # -- device and dtype -----------------------------------------------------------------------------------------------

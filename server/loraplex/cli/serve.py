@@ -82,6 +82,9 @@ def serve(
         float | None, typer.Option(help="Seconds that a proof may take, waiting included. [default: 30]")
     ] = None,
     kv_cache_bytes: Annotated[str | None, typer.Option(help="KV cache. [default: by free memory]")] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory to plan with, weights included. [default: 0.9]")
+    ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one batch. [default: 32]")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens in one step. [default: 512]")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Prompt and output of one request.")] = None,

@@ -13,7 +13,7 @@ from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
-from loraplex.engine.memory import available_memory
+from loraplex.engine.memory import available_memory, total_memory
 from loraplex.engine.runner import ModelRunner
 from loraplex.errors import StartupError
 from loraplex.lora.weights import ModuleShape, slab_numel
@@ -26,6 +26,7 @@ from loraplex.model.support import check_length, freeze_rope
 
 DEFAULT_MAX_MODEL_LEN = 8192
 MAX_CPU_PLACES = 128
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +34,9 @@ class EngineSpec:
     """What the operator asked for. None and "auto" are decided at load.
 
     `kv_cache_bytes` None: on a CPU a fifth of the memory that is free after the weights, at most 2 GiB; on another
-    device four fifths of what weights and pool leave (or what max_num_seqs full sequences need, if that is less).
+    device four fifths of what weights and pool leave (or what max_num_seqs full sequences need, if that is less); the
+    rest is for the activations of a step.
+    `gpu_memory_utilization`: share of an accelerator's memory, weights included, that may be planned with; None: 0.9.
     `max_loras` None: 8; on a CPU, where a place is but an address, one for each sequence.
     """
 
@@ -46,6 +49,7 @@ class EngineSpec:
     adapter_cache_bytes: int = 2 << 30
     eviction: str = "lrfu"
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int = 512
     max_model_len: int | None = None
@@ -179,7 +183,7 @@ def plan_memory(
     block_bytes = token_bytes * spec.block_size
     tied = [base.tensor_of(f"{name}.weight") for name, shape in base.targets.items() if shape.is_tied]
     packed_bytes = sum(weight.nbytes for weight in tied if is_packed(weight))
-    available = max(0, available_memory(base.device) - packed_bytes)
+    available = max(0, available_memory(base.device) - packed_bytes - _withheld(spec, base.device))
     full_load = -(-max_model_len // spec.block_size) * spec.max_num_seqs * block_bytes
     one_sequence = -(-max_model_len // spec.block_size) * block_bytes
     on_cpu = base.device.type == "cpu"
@@ -201,7 +205,7 @@ def plan_memory(
         raise StartupError(
             f"The KV cache ({num_blocks * block_bytes} bytes) and the adapters "
             f"({needed - num_blocks * block_bytes} bytes) need {needed} bytes, and {available} are available on "
-            f"{base.device}. Lower --kv-cache-bytes or --adapter-cache-bytes."
+            f"{base.device}. {_HOW_TO_FIT['cpu' if on_cpu else 'device']}"
         )
     return MemoryPlan(
         weights_bytes=base.nbytes,
@@ -212,6 +216,26 @@ def plan_memory(
         ram_bytes=spec.adapter_cache_bytes,
         available_bytes=available,
     )
+
+
+_HOW_TO_FIT = {
+    "cpu": "Lower --kv-cache-bytes or --adapter-cache-bytes.",
+    "device": "Lower --kv-cache-bytes, --max-model-len, --max-loras or --max-lora-rank, or raise "
+    "--gpu-memory-utilization.",
+}
+
+
+def _withheld(spec: EngineSpec, device: torch.device) -> int:
+    """Bytes of an accelerator's memory that the plan leaves alone, whoever else uses them."""
+    if device.type == "cpu":
+        if spec.gpu_memory_utilization is not None:
+            raise StartupError(
+                "--gpu-memory-utilization divides an accelerator's memory, and the base is on the CPU. Use "
+                "--kv-cache-bytes and --adapter-cache-bytes."
+            )
+        return 0
+    share = spec.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
+    return round((1 - share) * total_memory(device))
 
 
 def _ends_within(token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
