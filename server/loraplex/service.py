@@ -35,6 +35,7 @@ from loraplex.lora.registry import Change
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
 from loraplex.lora.version import Version
+from loraplex.lora.weights import AllocateSlab
 from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.serving.acceptance import Acceptance
@@ -126,10 +127,9 @@ class Service:
             spec = engine_spec(settings, tokenizer)
             readers: list[AdapterReader] = []
 
-            def make_reader(base: BaseModel) -> ReadAdapter:
-                reader = AdapterReader(
-                    store.blobs, base.targets, base.dtype, spec.max_lora_rank, base.tensor_of, base.weights_fingerprint
-                )
+            def make_reader(base: BaseModel, allocate: AllocateSlab) -> ReadAdapter:
+                known = (base.targets, base.dtype, spec.max_lora_rank, base.tensor_of, base.weights_fingerprint)
+                reader = AdapterReader(store.blobs, *known, allocate)
                 readers.append(reader)
                 return reader.read
 

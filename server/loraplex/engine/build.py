@@ -15,8 +15,9 @@ from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
 from loraplex.engine.memory import available_memory, total_memory
 from loraplex.engine.runner import ModelRunner
+from loraplex.engine.slab_arena import slab_allocator
 from loraplex.errors import StartupError
-from loraplex.lora.weights import ModuleShape, slab_numel
+from loraplex.lora.weights import AllocateSlab, ModuleShape, slab_numel
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, keep_large_blocks_apart, set_threads
 from loraplex.model.linear import is_packed
@@ -102,8 +103,8 @@ class EngineInfo:
         return getattr(torch, self.dtype).itemsize
 
 
-MakeReader = Callable[[BaseModel], ReadAdapter]
-"""The base that is to be served -> the function that reads an adapter for it, by digest."""
+MakeReader = Callable[[BaseModel, AllocateSlab], ReadAdapter]
+"""The base that is to be served, and where slabs come from -> the function that reads an adapter for it, by digest."""
 
 
 def build_engine(
@@ -149,12 +150,13 @@ def assemble_engine(
         eviction=spec.eviction,
         eos_token_ids=_ends_within(base.eos_token_ids | spec.extra_eos_token_ids, base.vocab_size),
     )
+    allocate = slab_allocator(spec.adapter_cache_bytes, base.device)
     runner = ModelRunner(base, geometry, config)
     warm_up = getattr(runner.ops, "warm_up", None)
     if warm_up is not None:
         warm_up(base.dtype)
     proof = prove(runner, reference)
-    engine = Engine(runner, make_reader(base), wake)
+    engine = Engine(runner, make_reader(base, allocate), wake)
     engine.proofs.prepare()
     info = EngineInfo(
         config=config,

@@ -36,7 +36,7 @@ from loraplex.lora.peft import PeftConfig
 from loraplex.lora.plan import AdapterPlan, plan
 from loraplex.lora.tensors import FileTensors
 from loraplex.lora.text import shown
-from loraplex.lora.weights import LoRAWeights, ModuleShape, pack
+from loraplex.lora.weights import AllocateSlab, LoRAWeights, ModuleShape, allocate_slab, pack
 
 _MAX_PLANNED_BYTES = 1 << 20  # of headers whose plans are kept; one of 84 modules has 20 KB
 
@@ -76,7 +76,7 @@ class AdapterReader:
 
     `dtype` is the compute dtype of the slab, `max_rank` the limit of --max-lora-rank. `tensor_of` gives the base's
     tensors, which adapters that are more than deltas are read against, `fingerprint` names the base; without it nothing
-    is stored. Any number of threads may share it.
+    is stored. `allocate` gives the slabs of `read`. Any number of threads may share it.
     """
 
     def __init__(
@@ -87,7 +87,9 @@ class AdapterReader:
         max_rank: int,
         tensor_of: TensorOf | None = None,
         fingerprint: str | None = None,
+        allocate: AllocateSlab = allocate_slab,
     ):
+        self._allocate = allocate
         self._root = root
         self._tensor_of = tensor_of or _no_base
         self._norms = None if fingerprint is None else StoredNorms(fingerprint, dtype)
@@ -116,7 +118,7 @@ class AdapterReader:
                 norms = assembly.norms()
             else:
                 norms = self._norms.get(folder, assembly.gained, assembly.norms)
-            return pack(digest, assembly.pairs(norms), self._dtype, assembly.replaced())
+            return pack(digest, assembly.pairs(norms), self._dtype, assembly.replaced(), self._allocate)
         except (OSError, LoraplexError, MemoryError) as cause:
             why = cause.message if isinstance(cause, LoraplexError) else f"{type(cause).__name__}: {cause}"
             raise AdapterLoadFailed(

@@ -17,7 +17,7 @@ What is no delta is an `Extra` of its module, applied in this order (b: the base
 Kalajdzievski 2023); scaling is kept apart, not folded, so that the slab holds the file's own values.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
@@ -187,13 +187,26 @@ def slab_numel(ranks: Iterable[tuple[ModuleShape, int]]) -> int:
     return sum(shape.num_experts * rank * (shape.in_features + shape.out_features) for shape, rank in ranks)
 
 
+AllocateSlab = Callable[[int, torch.dtype], torch.Tensor]
+"""(elements, dtype) -> an uninitialised 1-D tensor on the CPU; called in any thread."""
+
+
+def allocate_slab(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """A slab of ordinary memory."""
+    return torch.empty(numel, dtype=dtype)
+
+
 def pack(
-    digest: str, pairs: Iterable[LoRAPair], dtype: torch.dtype, replaced: Iterable[ReplacedParameter] = ()
+    digest: str,
+    pairs: Iterable[LoRAPair],
+    dtype: torch.dtype,
+    replaced: Iterable[ReplacedParameter] = (),
+    allocate: AllocateSlab = allocate_slab,
 ) -> LoRAWeights:
     """Copy `pairs` and `replaced` into one new slab of `dtype` (one rounding per value)."""
     pairs, replaced = list(pairs), list(replaced)
     numel = sum(pair.numel for pair in pairs) + sum(one.tensor.numel() for one in replaced)
-    slab = torch.empty(numel, dtype=dtype)
+    slab = allocate(numel, dtype)
     modules: dict[str, ModuleDelta] = {}
     replacements: dict[str, dict[str, Replacement]] = {}
     end = 0

@@ -23,6 +23,7 @@ from loraplex.lora.reader import AdapterReader, Checked
 from loraplex.lora.report import AdapterReport, BaseFacts, report_on
 from loraplex.lora.staging import Staging
 from loraplex.lora.store import AdapterStore
+from loraplex.lora.weights import AllocateSlab
 from loraplex.model.devices import choose_device, choose_dtype
 from loraplex.model.loader import BaseModel, load_base
 from loraplex.model.shapes import BaseShapes, ShapesUnknown, read_shapes
@@ -130,10 +131,9 @@ def _checked(
 def _prove(store: AdapterStore, staging: Staging, nbytes: int, spec: EngineSpec) -> ProofResult:
     """As a server does it before it accepts. Raises AdapterInvalid and kin."""
 
-    def make_reader(base: BaseModel) -> ReadAdapter:
-        return AdapterReader(
-            store.blobs, base.targets, base.dtype, spec.max_lora_rank, base.tensor_of, base.fingerprint
-        ).read
+    def make_reader(base: BaseModel, allocate: AllocateSlab) -> ReadAdapter:
+        known = (base.targets, base.dtype, spec.max_lora_rank, base.tensor_of, base.fingerprint)
+        return AdapterReader(store.blobs, *known, allocate).read
 
     digest = store.commit(staging)
     engine, _ = build_engine(spec, make_reader)
