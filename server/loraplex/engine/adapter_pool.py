@@ -1,8 +1,9 @@
 """AdapterPool: the device tier. Which adapter's slab stands in which place, as the kernels read it.
 
-On a CPU a place holds the RAM tier's own slab: no copy. On another device it holds a copy. The tables are [modules,
+On a CPU a place holds the RAM tier's own slab: no copy. On another device it holds a copy, in memory of its own that is
+allocated once: allocating and freeing there would make the device finish what it has begun. The tables are [modules,
 places]; every LoRA layer sees its row as a `ModulePool`. A stack of E experts has a table of its own, of places · E
-(see `ExpertTable`). Written only by the runner, between forward passes.
+(see `ExpertTable`). Written by the engine's thread only, between forward passes.
 
 Kernels on another device read the same from a table there (`ModulePool.table`), which is written in the order of the
 stream: no kernel of an earlier step can see it, and nobody waits.
@@ -19,13 +20,24 @@ from loraplex.engine.durations import Durations
 from loraplex.lora.weights import Extra, LoRAWeights, ModuleDelta, ModuleShape
 from loraplex.ops import ModulePool, module_table
 
+PLACE_ALIGNMENT = 256
+"""Bytes: places begin at its multiples, so that a device may load the widest words."""
+
 
 class AdapterPool:
     def __init__(
-        self, targets: Mapping[str, ModuleShape], num_places: int, device: torch.device, with_tables: bool = False
+        self,
+        targets: Mapping[str, ModuleShape],
+        num_places: int,
+        device: torch.device,
+        with_tables: bool = False,
+        place_bytes: int = 0,
     ):
-        """`with_tables`: the kernels read places and ranks on the device (`triton_ops`)."""
+        """`with_tables`: the kernels read places and ranks on the device (`triton_ops`). `place_bytes`: memory that
+        each place has of its own, a multiple of `PLACE_ALIGNMENT`; 0: none."""
         self.num_places = num_places
+        # row by row, a place's slab from its start
+        self._memory = torch.empty(num_places, place_bytes, dtype=torch.uint8, device=device) if place_bytes else None
         self._device = device
         self._targets = targets
         linears = {name: shape for name, shape in targets.items() if shape.kind in ("linear", "head", "embedding")}
@@ -34,7 +46,7 @@ class AdapterPool:
         size = (len(linears), num_places)
         self._slabs: list[torch.Tensor | None] = [None] * num_places
         self._digests: list[str | None] = [None] * num_places
-        self.copies = Durations()  # of `load`; a copy that the device does by itself counts as far as the host waits
+        self.copies = Durations()  # of adapters into places, as far as anybody waits for them
         self._is_additive = [True] * num_places
         self.extras: dict[str, list[Extra | None]] = {name: [None] * num_places for name in targets}
         # Written on the host, so that nothing here waits for the device.
@@ -69,11 +81,28 @@ class AdapterPool:
         self.modules |= {name: table.pool for name, table in self._experts.items()}
 
     def load(self, place: int, weights: LoRAWeights) -> None:
-        """Put an adapter into `place`, over whatever stood there."""
+        """Put an adapter into `place`, over whatever stood there. Waits for the copy, where there is one."""
         started = time.perf_counter()
+        slab = self.make_room(place, weights.slab)
+        if slab is not weights.slab:
+            slab.copy_(weights.slab)
+        self.enter(place, replace(weights, slab=slab))
+        self.copies.observe(time.perf_counter() - started)
+
+    def make_room(self, place: int, slab: torch.Tensor) -> torch.Tensor:
+        """Clear `place` and return where the kernels will read `slab` [values] once it is copied there and entered:
+        the place's own memory; for an adapter that is larger (one that brings whole embeddings along) new memory, from
+        torch's allocator; `slab` itself where the device reads RAM."""
         self.clear(place)
-        slab = weights.slab.to(self._device, non_blocking=True)
-        weights = replace(weights, slab=slab)
+        if self._memory is not None and slab.nbytes <= self._memory.shape[1]:
+            return self._memory[place, : slab.nbytes].view(slab.dtype)
+        if self._memory is None and slab.device == self._device:
+            return slab
+        return torch.empty_like(slab, device=self._device)
+
+    def enter(self, place: int, weights: LoRAWeights) -> None:
+        """Let kernels find an adapter in `place`, which is empty; its slab lies where `make_room` said."""
+        slab = weights.slab
         self._slabs[place] = slab
         self._digests[place] = weights.digest
         self._address[place] = slab.data_ptr()
@@ -99,7 +128,6 @@ class AdapterPool:
                 if extra is not None and extra.rows is not None:
                     extra = replace(extra, rows=extra.rows.to(self._device))
                 self.extras[name][place] = extra
-        self.copies.observe(time.perf_counter() - started)
 
     def clear(self, place: int) -> None:
         self._slabs[place] = None

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapter_loads import ReadAdapter
+from loraplex.engine.adapter_pool import PLACE_ALIGNMENT
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
@@ -68,8 +69,8 @@ class EngineSpec:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """Bytes. `packed_bytes`: packed copies beside a weight that is needed itself, as a tied head's is (CPU).
-    `pool_bytes`: 0 where places share the RAM tier's memory (CPU). `available_bytes`: what was left for KV cache and
-    adapters."""
+    `pool_bytes`: of the places and the proofs' one, 0 where they share the RAM tier's memory (CPU). `available_bytes`:
+    what was left for KV cache and adapters."""
 
     weights_bytes: int
     packed_bytes: int
@@ -145,6 +146,7 @@ def assemble_engine(
         block_size=spec.block_size,
         num_blocks=memory.kv_tokens // spec.block_size,
         max_loras=spec.num_places(base.device),
+        place_bytes=_place_bytes(spec, base),
         adapter_cache_bytes=spec.adapter_cache_bytes,
         merge=spec.merge,
         eviction=spec.eviction,
@@ -189,9 +191,7 @@ def plan_memory(
     full_load = -(-max_model_len // spec.block_size) * spec.max_num_seqs * block_bytes
     one_sequence = -(-max_model_len // spec.block_size) * block_bytes
     on_cpu = base.device.type == "cpu"
-    shapes = (shape for shape in base.targets.values() if shape.kind in ("linear", "experts"))
-    per_value = slab_numel((shape, 1) for shape in shapes) * value
-    pool_bytes = 0 if on_cpu else per_value * spec.max_lora_rank * spec.num_places(base.device)
+    pool_bytes = _place_bytes(spec, base) * (spec.num_places(base.device) + 1)
     kv_bytes = spec.kv_cache_bytes
     if kv_bytes is None:
         share = min(available // 5, 2 << 30) if on_cpu else (available - pool_bytes) * 4 // 5
@@ -218,6 +218,14 @@ def plan_memory(
         ram_bytes=spec.adapter_cache_bytes,
         available_bytes=available,
     )
+
+
+def _place_bytes(spec: EngineSpec, base: BaseModel) -> int:
+    """Of an adapter of the largest rank on every linear; on a CPU 0."""
+    if base.device.type == "cpu":
+        return 0
+    ranks = ((s, spec.max_lora_rank) for s in base.targets.values() if s.kind in ("linear", "experts"))
+    return -(-slab_numel(ranks) * base.dtype.itemsize // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
 
 
 _HOW_TO_FIT = {

@@ -13,6 +13,7 @@ class EngineConfig:
     max_waiting             sequences in the waiting queue; one more is refused (Overloaded)
     block_size, num_blocks  the paged KV cache
     max_loras               pool places: distinct adapters in one step
+    place_bytes             memory of each place and of the proofs' one; 0: the device reads the RAM tier's
     adapter_cache_bytes     RAM tier
     eviction                which adapter leaves it first: a name of `eviction.eviction_policy`
     max_concurrent_loads    disk reads under way at once
@@ -28,6 +29,7 @@ class EngineConfig:
     block_size: int = 16
     num_blocks: int = 512
     max_loras: int = 8
+    place_bytes: int = 0
     adapter_cache_bytes: int = 2 << 30
     eviction: str = "lrfu"
     max_concurrent_loads: int = 2

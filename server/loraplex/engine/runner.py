@@ -48,7 +48,7 @@ class ModelRunner:
         self.probe_place = config.max_loras
         self.cache = KVCache(dict(geometry), num_blocks, config.block_size, base.dtype, base.device)
         with_tables = getattr(self.ops, "READS_TABLES", False)
-        self.pool = AdapterPool(base.targets, config.max_loras + 1, base.device, with_tables)
+        self.pool = AdapterPool(base.targets, config.max_loras + 1, base.device, with_tables, config.place_bytes)
         self.merged: dict[str, MergedWeights] = {}  # written by `install` and `remove`
         self._context = StepContext()
         wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)
