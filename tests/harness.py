@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 import tiny
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.copy_stream import CopyStream
 from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
 from loraplex.engine.messages import AdapterUse, Composition, EngineRequest, FinishReason, SequenceOutput
@@ -70,13 +71,15 @@ class World:
         return self.adapters[digest]
 
     @contextmanager
-    def engine(self, read: Callable[[str], LoRAWeights] | None = None, **sizes) -> Iterator[Engine]:
+    def engine(
+        self, read: Callable[[str], LoRAWeights] | None = None, stream: CopyStream | None = None, **sizes
+    ) -> Iterator[Engine]:
         """A fresh engine over the same model; integrity is checked at the end."""
         self.runner.recorded = {}
         for place in range(self.runner.pool.num_places):
             self.runner.pool.clear(place)
         self.runner.config = resized(self.config, **sizes)
-        engine = Engine(self.runner, lambda digest, on_files: (read or self.read)(digest))
+        engine = Engine(self.runner, lambda digest, on_files: (read or self.read)(digest), stream=stream)
         try:
             yield engine
             engine.check_integrity()

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from loraplex.engine.adapter_cache import AdapterCache
 from loraplex.engine.adapter_places import AdapterPlaces
+from loraplex.engine.adapter_swaps import AdapterSwaps
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
-from loraplex.engine.messages import AdapterUse, Composition, EngineRequest, FinishReason, SequenceOutput
+from loraplex.engine.messages import AdapterUse, Composition, EngineRequest, Failure, FinishReason, SequenceOutput
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch
 from loraplex.engine.scheduler import Scheduler
@@ -54,6 +55,46 @@ class FakeLoads:
         return done
 
 
+@dataclass(frozen=True)
+class FakeCopy:
+    digest: str
+    failure: Failure | None = None
+
+
+class FakeCopies:
+    """Copies take `steps` steps; those of digests in `broken` fail. `device`: place -> what stands there, None while a
+    copy goes there."""
+
+    def __init__(self, steps: int, device: dict[int, str | None]):
+        self.steps = steps
+        self.broken: set[str] = set()
+        self.started: list[str] = []
+        self.under_way: dict[str, int] = {}
+        self.place_of: dict[str, int] = {}
+        self._device = device
+
+    def start(self, place: int, weights: FakeWeights) -> None:
+        assert weights.digest not in self.under_way, "a copy is not single-flight"
+        assert place not in [self.place_of[digest] for digest in self.under_way], "two copies go to one place"
+        self.started.append(weights.digest)
+        self.under_way[weights.digest] = self.steps
+        self.place_of[weights.digest] = place
+        self._device[place] = None
+
+    def finished(self) -> list[FakeCopy]:
+        """Those that end before the coming step."""
+        done = []
+        for digest, left in list(self.under_way.items()):
+            self.under_way[digest] -= 1
+            if left <= 0:
+                del self.under_way[digest]
+                is_broken = digest in self.broken
+                done.append(FakeCopy(digest, Failure("broken", "") if is_broken else None))
+                if not is_broken:
+                    self._device[self.place_of[digest]] = digest
+        return done
+
+
 def uses(*names: str, nbytes: int = 1, scale: float = 1.0) -> Composition:
     return tuple(AdapterUse(name, nbytes, scale) for name in names)
 
@@ -77,7 +118,8 @@ def make_sequence(
 class Rig:
     """Drives a scheduler. The step of every token of every sequence is in `tokens`, the end of each in `ends`."""
 
-    def __init__(self, *, load_steps: int = 0, check: bool = True, **sizes):
+    def __init__(self, *, load_steps: int = 0, copy_steps: int | None = None, check: bool = True, **sizes):
+        """`copy_steps`: places have memory of their own, and a copy takes so many; None: a place is an address."""
         defaults = {
             "max_num_seqs": 8,
             "max_num_batched_tokens": 32,
@@ -93,14 +135,18 @@ class Rig:
         self.places = AdapterPlaces(self.config.max_loras)
         self.cache = AdapterCache(self.config.adapter_cache_bytes, on_evict=self.places.release)
         self.blocks = BlockManager(self.config.num_blocks, self.config.block_size)
-        self.scheduler = Scheduler(self.config, self.cache, self.places, self.blocks, self.loads)
+        self._device: dict[int, str | None] = {}
+        self.copies = FakeCopies(copy_steps or 0, self._device)
+        swaps = None
+        if copy_steps is not None:
+            swaps = AdapterSwaps(self.cache, self.places, self.copies, self.config.max_concurrent_copies)  # type: ignore
+        self.scheduler = Scheduler(self.config, self.cache, self.places, self.blocks, self.loads, swaps)
         self.seqs: dict[str, Sequence] = {}
         self.bytes_of: dict[str, int] = {}
         self.tokens: dict[str, list[int]] = {}
         self.admitted: dict[str, int] = {}
         self.ends: dict[str, SequenceOutput] = {}
         self._check = check
-        self._device: dict[int, str] = {}
         self._kv: dict[int, object] = {}
 
     @property
@@ -130,8 +176,16 @@ class Rig:
                 load = FakeLoad(digest, FakeWeights(digest, self.bytes_of[digest]))
             self._take(self.scheduler.finish_load(load))  # type: ignore[arg-type]
 
+    def take_copies(self) -> None:
+        for digest in self.copies.under_way:
+            assert digest in self.cache, "a slab left RAM while it was copied"
+            assert self.places.place_of(digest) == self.copies.place_of[digest], "its place was given to another"
+        for copy in self.copies.finished():
+            self._take(self.scheduler.finish_copy(copy))  # type: ignore[arg-type]
+
     def step(self) -> ScheduledBatch:
         self.take_loads()
+        self.take_copies()
         self._take(self.scheduler.refuse_hopeless())
         batch = self.scheduler.schedule()
         for seq in self.scheduler.running:
@@ -171,6 +225,7 @@ class Rig:
     def _check_batch(self, batch: ScheduledBatch) -> None:
         """What the runner relies on."""
         config = self.config
+        assert self.scheduler.swaps is None or not batch.adapter_loads, "a step copies an adapter"
         for place, weights in batch.adapter_loads:
             self._device[place] = weights.digest
         assert batch.num_tokens <= config.max_num_batched_tokens

@@ -56,7 +56,7 @@ class AdapterCache(Cache):
         super().__delitem__(digest)
         self._policy.remove(digest)
 
-    # -- leases: uses by running sequences --------------------------------------------------------------------
+    # -- leases: uses by running sequences, and copies to the device ------------------------------------------
 
     def acquire(self, digest: str) -> None:
         """Lease a resident adapter: it stays until as many `release` calls. KeyError when it is not resident."""
@@ -66,13 +66,24 @@ class AdapterCache(Cache):
         self.ledger.begin_use(digest)
 
     def release(self, digest: str) -> None:
+        self._unlease(digest)
+        self._policy.use(digest)
+        self.ledger.end_use(digest)
+
+    def begin_copy(self, digest: str) -> None:
+        """Lease a resident adapter whose slab is read by a copy. That is no use of it."""
+        self.peek(digest)
+        self._leases[digest] += 1
+
+    def end_copy(self, digest: str) -> None:
+        self._unlease(digest)
+
+    def _unlease(self, digest: str) -> None:
         if self._leases[digest] < 1:
             raise ValueError(f"adapter {digest} is not leased")
         self._leases[digest] -= 1
         if not self._leases[digest]:
             del self._leases[digest]
-        self._policy.use(digest)
-        self.ledger.end_use(digest)
 
     def num_leases(self, digest: str) -> int:
         return self._leases[digest]

@@ -81,7 +81,8 @@ class AdapterPool:
         self.modules |= {name: table.pool for name, table in self._experts.items()}
 
     def load(self, place: int, weights: LoRAWeights) -> None:
-        """Put an adapter into `place`, over whatever stood there. Waits for the copy, where there is one."""
+        """Put an adapter into `place`, over whatever stood there. Waits for the copy, where there is one: on a device
+        that is for proofs and benchmarks, requests' adapters are copied by `AdapterCopies`."""
         started = time.perf_counter()
         slab = self.make_room(place, weights.slab)
         if slab is not weights.slab:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loraplex.engine.adapter_cache import AdapterCache
+from loraplex.engine.adapter_copies import FinishedCopy
 from loraplex.engine.adapter_ledger import Left
 from loraplex.engine.adapter_loads import FinishedLoad
 from loraplex.engine.adapter_places import AdapterPlaces
@@ -93,6 +94,12 @@ class AdapterResidency:
                 if job.use.digest == load.digest:
                     job.failure = Failure(load.error.code, load.error.message)
 
+    def finish_copy(self, copy: FinishedCopy) -> None:
+        if copy.failure is not None:
+            for job in self._jobs:
+                if job.use.digest == copy.digest and job.wish == "device":
+                    job.failure = copy.failure
+
     def work(self) -> list[CommandResult]:
         """The answers of those that are fulfilled or refused now."""
         answers, waiting = [], []
@@ -124,14 +131,17 @@ class AdapterResidency:
         return False
 
     def _place(self, digest: str) -> bool:
-        """Put a resident adapter into a place that nobody uses, if there is one."""
-        if digest not in self._places:
+        """Put a resident adapter into a place that nobody uses, if there is one; whether it stands there."""
+        if self._scheduler.swaps is not None:
+            awaited = {digest for line in self._scheduler.waiting.lines for digest in line.digests}
+            self._scheduler.swaps.start([digest], awaited, self._scheduler.step)
+        elif digest not in self._places:
             in_use = self._cache.leased
             if not self._places.can_hold([digest], in_use):
                 return False
             place = self._places.assign(digest, in_use, self._scheduler.step)
             self._pool.load(place, self._cache.peek(digest))
-        return True
+        return self._places.has_arrived(digest)
 
     def _refusal(self, job: _Job) -> Failure | None:
         if job.wish == "pin" and not self._cache.is_pinned(job.use.digest):
@@ -204,7 +214,7 @@ class AdapterResidency:
         return AdapterStanding(
             digest=digest,
             tier="device"
-            if digest in self._places
+            if self._places.has_arrived(digest)
             else "ram"
             if is_resident
             else "loading"

@@ -12,6 +12,7 @@ import torch
 from loraplex.engine.adapter_loads import ReadAdapter
 from loraplex.engine.adapter_pool import PLACE_ALIGNMENT
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.copy_stream import CudaCopyStream
 from loraplex.engine.engine import Engine
 from loraplex.engine.load_proof import make_reference, prove
 from loraplex.engine.memory import available_memory, total_memory
@@ -158,7 +159,8 @@ def assemble_engine(
     if warm_up is not None:
         warm_up(base.dtype)
     proof = prove(runner, reference)
-    engine = Engine(runner, make_reader(base, allocate), wake)
+    stream = CudaCopyStream(base.device) if base.device.type == "cuda" else None
+    engine = Engine(runner, make_reader(base, allocate), wake, stream=stream)
     engine.proofs.prepare()
     info = EngineInfo(
         config=config,

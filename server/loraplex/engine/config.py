@@ -17,6 +17,7 @@ class EngineConfig:
     adapter_cache_bytes     RAM tier
     eviction                which adapter leaves it first: a name of `eviction.eviction_policy`
     max_concurrent_loads    disk reads under way at once
+    max_concurrent_copies   adapters on their way from RAM to the device at once, where that has its own memory
     merge                   "off", "manual" or "auto": may steps that are one adapter's own run on merged weights
     fairness_quantum        steps a blocked adapter waits, and a running one keeps its place, before the place turns
     eos_token_ids           union of config, generation_config and tokenizer
@@ -33,6 +34,7 @@ class EngineConfig:
     adapter_cache_bytes: int = 2 << 30
     eviction: str = "lrfu"
     max_concurrent_loads: int = 2
+    max_concurrent_copies: int = 4
     merge: str = "off"
     fairness_quantum: int = 32
     eos_token_ids: frozenset[int] = frozenset()

@@ -7,14 +7,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from loraplex.engine.adapter_cache import AdapterCache
+from loraplex.engine.adapter_copies import AdapterCopies
 from loraplex.engine.adapter_ledger import AdapterLedger
 from loraplex.engine.adapter_loads import AdapterLoads, ReadAdapter
 from loraplex.engine.adapter_merges import AdapterMerges, MergeStatus
 from loraplex.engine.adapter_places import AdapterPlaces
 from loraplex.engine.adapter_proofs import AdapterProofs
 from loraplex.engine.adapter_residency import AdapterResidency
+from loraplex.engine.adapter_swaps import AdapterSwaps
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.copy_stream import CopyStream
 from loraplex.engine.device_errors import describe, is_device_error, is_out_of_memory, let_go
 from loraplex.engine.durations import DurationCounts, Durations
 from loraplex.engine.eviction import eviction_policy
@@ -73,7 +76,9 @@ class Engine:
         read_adapter: ReadAdapter,
         on_load: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        stream: CopyStream | None = None,
     ):
+        """`stream`: copies adapters into places beside the steps; None: the step that first uses one puts it there."""
         config = runner.config
         self.config: EngineConfig = config
         self.runner = runner
@@ -83,7 +88,11 @@ class Engine:
             config.adapter_cache_bytes, self._forget_place, eviction_policy(config.eviction), AdapterLedger(clock)
         )
         self.blocks = BlockManager(config.num_blocks, config.block_size)
-        self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads)
+        self.copies = None if stream is None else AdapterCopies(runner.pool, stream)
+        swaps = None
+        if self.copies is not None:
+            swaps = AdapterSwaps(self.cache, self.places, self.copies, config.max_concurrent_copies)
+        self.scheduler = Scheduler(config, self.cache, self.places, self.blocks, self.loads, swaps)
         self.proofs = AdapterProofs(runner, self.cache, self.scheduler)
         self.residency = AdapterResidency(self.cache, self.places, runner.pool, self.scheduler, clock)
         policy = MergePolicy() if config.merge == "auto" else None
@@ -117,9 +126,14 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Also while a load has ended that nobody waits for any more: untaken, it would answer the next who asks."""
+        """Also while a load has ended that nobody waits for any more: untaken, it would answer the next who asks. And
+        while a copy is under way: it leases its adapter."""
         is_asked = bool(self._sequences) or self.proofs.has_work or self.merges.has_work or self.residency.has_work
-        return is_asked or self.loads.has_finished
+        return is_asked or self.loads.has_finished or self._is_copying
+
+    @property
+    def _is_copying(self) -> bool:
+        return self.copies is not None and self.copies.is_busy
 
     @property
     def is_stalled(self) -> bool:
@@ -131,11 +145,14 @@ class Engine:
 
     def step(self) -> StepOutput:
         """One step for everything that can run. Raises EngineDied when it is no use going on."""
-        outputs = self._take_loads() + self.scheduler.refuse_hopeless()
+        outputs = self._take_loads() + self._take_copies() + self.scheduler.refuse_hopeless()
         seconds = self._run_batch(outputs) if self._sequences else None
         answers = self._prove(seconds) + self.merges.work() + self.residency.work()
         is_proving = self.proofs.has_work and not self.proofs.is_waiting
-        self._is_stalled = seconds is None and not outputs and not answers and not is_proving
+        is_idle = seconds is None and not outputs and not answers and not is_proving
+        if is_idle and self.copies is not None:
+            self.copies.wait()
+        self._is_stalled = is_idle and not self._is_copying
         return self._emit(outputs, answers)
 
     def _run_batch(self, outputs: list[SequenceOutput]) -> float | None:
@@ -177,6 +194,13 @@ class Engine:
             self.merges.finish_load(load)
             self.residency.finish_load(load)
             outputs += self.scheduler.finish_load(load)
+        return outputs
+
+    def _take_copies(self) -> list[SequenceOutput]:
+        outputs = []
+        for copy in self.copies.poll() if self.copies is not None else ():
+            self.residency.finish_copy(copy)
+            outputs += self.scheduler.finish_copy(copy)
         return outputs
 
     def _emit(self, outputs: list[SequenceOutput], answers: list[CommandResult]) -> StepOutput:
@@ -266,7 +290,7 @@ class Engine:
             num_loads=self._num_loads,
             num_ram_evictions=self.cache.num_evictions,
             ram_digests=tuple(self.cache),
-            device_digests=tuple(self.places.digests),
+            device_digests=tuple(self.places.arrived),
             waiting_digests=tuple({d for seq in scheduler.waiting for d in seq.digests}),
             load_seconds={
                 "disk": self._disk.counts,
@@ -284,15 +308,18 @@ class Engine:
         self.runner.kept_logits.check_integrity()
         live = {seq.seq_id for seq in self.scheduler.sequences}
         assert live <= set(self._sequences), "a scheduled sequence is unknown to the engine"
-        for digest in self.places.digests:
+        for digest in self.places.arrived:
             place = self.places.place_of(digest)
             assert self.runner.pool.digest_in(place) == digest, f"place {place} does not hold its adapter"
-
+        if self.copies is not None:
+            self.copies.check_integrity(self.places.copying)
         self.merges.check_integrity()
 
     def close(self) -> None:
         self.loads.close()
         self.merges.close()
+        if self.copies is not None:
+            self.copies.close()
 
     def _forget_place(self, digest: str) -> None:
         place = self.places.release(digest)

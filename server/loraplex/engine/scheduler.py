@@ -20,7 +20,7 @@ set nobody back)
     (W // P + 2) · q          steps, when it lacks a place for one adapter,
     (W // N + 2) · (q + C)    steps, when it lacks one of the N slots,
     (W + 2) · (q + C)         steps, when it lacks KV blocks or places for several adapters,
-and later by its own loads from disk, with one more quantum for each that lets its turn go by.
+and later by its own loads from disk and copies to the device, with one more quantum for each that lets its turn go by.
 """
 
 import heapq
@@ -30,16 +30,18 @@ from typing import TYPE_CHECKING, Protocol
 
 from loraplex.engine.adapter_cache import AdapterCache
 from loraplex.engine.adapter_places import AdapterPlaces
+from loraplex.engine.adapter_swaps import AdapterSwaps
 from loraplex.engine.block_manager import BlockManager
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.draft import Draft
 from loraplex.engine.messages import AdapterUse, Failure, FinishReason, SequenceOutput
-from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
+from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch
 from loraplex.engine.sequence import Sequence, SequenceStatus
 from loraplex.engine.waiting_queue import Line, WaitingQueue
 
 if TYPE_CHECKING:
+    from loraplex.engine.adapter_copies import FinishedCopy
     from loraplex.engine.adapter_loads import FinishedLoad
-    from loraplex.lora.weights import LoRAWeights
 
 
 class StartsLoads(Protocol):
@@ -61,8 +63,11 @@ class Scheduler:
         places: AdapterPlaces,
         blocks: BlockManager,
         loads: StartsLoads,
+        swaps: AdapterSwaps | None = None,
     ):
+        """`swaps` None: an adapter is in its place as soon as it has one (on a CPU a place is but an address)."""
         self.config = config
+        self.swaps = swaps
         self.cache = cache
         self.places = places
         self.blocks = blocks
@@ -99,17 +104,14 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         self.step += 1
-        draft = _Draft(self.config.max_num_batched_tokens)
+        draft = Draft(self.config.max_num_batched_tokens)
         lines = self.waiting.in_order(self.step)
         self._start_loads(lines, draft)
+        if self.swaps is not None:
+            self.swaps.prefetch(lines, self.step)
         self._schedule_running(draft)
         self._admit(lines, draft)
-        entries = [
-            ScheduledSequence(seq, n, tuple(self.places.place_of(digest) for digest in seq.digests))
-            for seq, n in draft.tokens.items()
-        ]
-        entries.sort(key=_segment_order)
-        return ScheduledBatch(self.step, tuple(entries), tuple(draft.adapter_loads.items()))
+        return draft.batch(self.step, self.places)
 
     def update(self, batch: ScheduledBatch, results: list[RowResult]) -> list[SequenceOutput]:
         """Take in what the step computed; returns one output for every sequence that has something to say."""
@@ -167,6 +169,14 @@ class Scheduler:
         failure = Failure("adapter_load_failed", message)
         return [self._fail(seq, failure) for seq in list(self.waiting) if load.digest in seq.digests]
 
+    def finish_copy(self, copy: "FinishedCopy") -> list[SequenceOutput]:
+        """Let sequences use what was copied, or end those that waited for what did not arrive."""
+        assert self.swaps is not None
+        self.swaps.finish(copy.digest, has_arrived=copy.failure is None)
+        if copy.failure is None:
+            return []
+        return [self._fail(seq, copy.failure) for seq in list(self.waiting) if copy.digest in seq.digests]
+
     def load(self, use: AdapterUse) -> bool:
         """Have an adapter read that no sequence waits for, into room that none of them needs; False: not now."""
         if use.digest in self.cache or use.digest in self._loading:
@@ -212,7 +222,7 @@ class Scheduler:
 
     # -- parts of schedule() ----------------------------------------------------------------------------------
 
-    def _start_loads(self, lines: list[Line], draft: "_Draft") -> None:
+    def _start_loads(self, lines: list[Line], draft: Draft) -> None:
         """Look ahead over the queue in the order of service and bring adapters into RAM.
 
         What comes earlier keeps its room: nothing it needs is evicted for something later, and nothing later is loaded
@@ -235,7 +245,7 @@ class Scheduler:
                 is_first = False
 
     def _reserve(
-        self, use: AdapterUse, line: Line, protected: Collection[str], draft: "_Draft", *, may_turn_out: bool
+        self, use: AdapterUse, line: Line, protected: Collection[str], draft: Draft, *, may_turn_out: bool
     ) -> bool:
         if self.cache.reserve(use.digest, use.nbytes, protected):
             return True
@@ -244,14 +254,14 @@ class Scheduler:
 
         def is_enough(leaving: list[Sequence]) -> bool:
             in_use = {digest for seq in self.running if seq not in leaving for digest in seq.digests}
-            return self.cache.can_reserve(use.nbytes, protected, self.cache.leased - in_use)
+            return self.cache.can_reserve(use.nbytes, protected, self.cache.leased - in_use - self.places.copying)
 
         if self._turn_out(self._adapters_due(protected), is_enough, draft):
             return self.cache.reserve(use.digest, use.nbytes, protected)
         draft.keeps_adapters = True
         return False
 
-    def _schedule_running(self, draft: "_Draft") -> None:
+    def _schedule_running(self, draft: Draft) -> None:
         # Decodes first: a long prompt's chunk takes what is left of the budget, never another stream's next token.
         for seq in sorted(self.running, key=lambda seq: seq.num_new_tokens > 1):
             if seq.status is not SequenceStatus.RUNNING:  # preempted for another one a moment ago
@@ -260,7 +270,7 @@ class Scheduler:
             if num_new_tokens and self._make_room(seq, seq.num_computed_tokens + num_new_tokens, draft):
                 self._take(seq, num_new_tokens, draft)
 
-    def _make_room(self, seq: Sequence, num_tokens: int, draft: "_Draft") -> bool:
+    def _make_room(self, seq: Sequence, num_tokens: int, draft: Draft) -> bool:
         """Grow the blocks of a running sequence, preempting others until they suffice. False: it was `seq`.
 
         The youngest goes first, for it loses least; those that lost a turn already go last, the earliest arrival last
@@ -276,7 +286,7 @@ class Scheduler:
                 return False
         return True
 
-    def _admit(self, lines: list[Line], draft: "_Draft") -> None:
+    def _admit(self, lines: list[Line], draft: Draft) -> None:
         heap = [(self.waiting.turn(line, self.step), line) for line in lines]
         heapq.heapify(heap)
         while heap:
@@ -289,6 +299,10 @@ class Scheduler:
                 continue  # its load is under way or cannot begin yet
             if draft.keeps_adapters and any(not self.cache.num_leases(digest) for digest in line.digests):
                 continue
+            if self.swaps is not None and not self.swaps.have_arrived(line.digests):
+                if is_overdue:
+                    self._make_places(line, lines, self.swaps, draft)
+                continue  # its copy is under way or cannot begin yet
             obstacle = self._obstacle(seq)
             if obstacle is not None and is_overdue and self._make_way(seq, obstacle, draft):
                 obstacle = None
@@ -314,7 +328,7 @@ class Scheduler:
             return Obstacle.SEQUENCES
         return None
 
-    def _make_way(self, seq: Sequence, obstacle: Obstacle, draft: "_Draft") -> bool:
+    def _make_way(self, seq: Sequence, obstacle: Obstacle, draft: Draft) -> bool:
         """Turn out running sequences whose turn is over until `seq` can run, in this very step."""
 
         def is_enough(leaving: list[Sequence]) -> bool:
@@ -324,8 +338,25 @@ class Scheduler:
         due = self._adapters_due(seq.digests) if obstacle is Obstacle.PLACES else []
         return self._turn_out([*due, *self._sequences_due()], is_enough, draft)
 
+    def _make_places(self, line: Line, lines: list[Line], swaps: AdapterSwaps, draft: Draft) -> None:
+        """Have the adapters of an overdue `line` copied now, turning out running sequences whose turn is over where
+        they are in the way. What it still lacks is given to nobody behind it, and it takes nothing from those before
+        it: the places that they wait to use are theirs."""
+        kept = {digest for earlier in lines[: lines.index(line)] for digest in earlier.digests if digest in self.places}
+
+        def is_enough(leaving: list[Sequence]) -> bool:
+            in_use = {digest for seq in self.running if seq not in leaving for digest in seq.digests}
+            return self.places.can_hold(line.digests, in_use | kept)
+
+        due = [*self._adapters_due(line.digests | kept), *self._sequences_due()]
+        if is_enough([]) or self._turn_out(due, is_enough, draft):
+            has_begun = swaps.start(line.waiting[0].digests, kept, self.step)
+            assert has_begun, "can_hold promised these places"
+        else:
+            draft.keeps_adapters = True
+
     def _turn_out(
-        self, groups: Iterable[list[Sequence]], is_enough: Callable[[list[Sequence]], bool], draft: "_Draft"
+        self, groups: Iterable[list[Sequence]], is_enough: Callable[[list[Sequence]], bool], draft: Draft
     ) -> bool:
         """Preempt group after group until it `is_enough`; False and nothing changed when all of them are not."""
         leaving: list[Sequence] = []
@@ -343,7 +374,7 @@ class Scheduler:
         for digest in self.cache.leased.difference(wanted):
             if self.step - self.places.since(digest) >= self.config.fairness_quantum:
                 users = [seq for seq in self.running if digest in seq.digests]
-                if all(not seq.was_set_back or self._is_due(seq) for seq in users):
+                if users and all(not seq.was_set_back or self._is_due(seq) for seq in users):
                     groups.append(users)
         return sorted(groups, key=lambda users: max(map(self._cost, users)), reverse=True)
 
@@ -357,7 +388,7 @@ class Scheduler:
     def _cost(self, seq: Sequence) -> tuple[int, int]:
         return self.waiting.line_of(seq).served, seq.arrival
 
-    def _start(self, line: Line, draft: "_Draft") -> None:
+    def _start(self, line: Line, draft: Draft) -> None:
         """Admit the head of `line`: it takes its leases, places and all its blocks at once."""
         seq = line.waiting[0]
         in_use = self.cache.leased
@@ -383,11 +414,11 @@ class Scheduler:
         self.running.append(seq)
         self._take(seq, min(seq.num_new_tokens, draft.budget), draft)
 
-    def _take(self, seq: Sequence, num_tokens: int, draft: "_Draft") -> None:
+    def _take(self, seq: Sequence, num_tokens: int, draft: Draft) -> None:
         draft.take(seq, num_tokens)
         self.waiting.line_of(seq).served += num_tokens
 
-    def _preempt(self, seq: Sequence, draft: "_Draft") -> None:
+    def _preempt(self, seq: Sequence, draft: Draft) -> None:
         self.num_preemptions += 1
         self.waiting.line_of(seq).served -= draft.give_back(seq)
         self.running.remove(seq)
@@ -439,32 +470,6 @@ class Scheduler:
             assert digest in self.cache, f"adapter {digest} stands in a place but not in RAM"
         for digest in {*self.cache, *self.cache.leased}:
             uses = sum(seq.digests.count(digest) for seq in self.running)
-            assert self.cache.num_leases(digest) == uses, f"adapter {digest}: leases differ from uses"
-            assert not uses or digest in self.places, f"adapter {digest} runs without a place"
-
-
-class _Draft:
-    """A batch in the making: the tokens given out so far and what is left of the budget.
-
-    `keeps_adapters`: an overdue line lacks places or RAM, so no adapter that is not in use is taken into use.
-    """
-
-    def __init__(self, budget: int):
-        self.budget = budget
-        self.tokens: dict[Sequence, int] = {}
-        self.adapter_loads: dict[int, LoRAWeights] = {}
-        self.keeps_adapters = False
-
-    def take(self, seq: Sequence, num_tokens: int) -> None:
-        self.tokens[seq] = num_tokens
-        self.budget -= num_tokens
-
-    def give_back(self, seq: Sequence) -> int:
-        num_tokens = self.tokens.pop(seq, 0)
-        self.budget += num_tokens
-        return num_tokens
-
-
-def _segment_order(entry: ScheduledSequence) -> tuple:
-    """One composition's tokens are neighbours, and so are one adapter's, whatever its scale."""
-    return entry.places, [use.scale for use in entry.seq.request.composition], entry.seq.arrival
+            copies = int(digest in self.places.copying)
+            assert self.cache.num_leases(digest) == uses + copies, f"adapter {digest}: leases differ from uses"
+            assert not uses or self.places.has_arrived(digest), f"adapter {digest} runs and is not in its place"
