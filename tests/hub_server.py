@@ -2,9 +2,11 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedIOBase
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -19,6 +21,7 @@ class Hub:
         self.seen: list[tuple[str, str | None]] = []
         self.elsewhere: str | None = None  # where downloads are redirected
         self.cut = False  # whether bodies end early
+        self.pause = 0.0  # seconds before each 512 bytes of a body
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,13 +36,20 @@ class Hub:
                 self.send_header("content-length", str(len(body)))
                 self.send_header("connection", "close")  # else a client may send its next request into the end
                 self.end_headers()
-                self.wfile.write(body[: len(body) // 2] if hub.cut else body)
+                with suppress(ConnectionError):
+                    hub.send(self.wfile, body[: len(body) // 2] if hub.cut else body)
 
             def log_message(self, format: str, *args: object) -> None:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def send(self, out: BufferedIOBase, body: bytes) -> None:
+        size = 512 if self.pause else len(body)
+        for start in range(0, len(body), max(1, size)):
+            time.sleep(self.pause)
+            out.write(body[start : start + size])
 
     def answer(self, path: str) -> tuple[int, bytes, dict[str, str]]:
         if self.answers:

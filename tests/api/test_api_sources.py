@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 import stamina
 from folders import save_adapter
@@ -113,4 +114,25 @@ def test_a_hub_that_stumbles_is_asked_again(make_settings, root: Path, tmp_path:
             hub.files[WEIGHTS] = b"w" * (5 << 20)
             assert_error(load(server, "other", "hf://team/sql"), 413, "request_too_large", str(5 << 20))
             assert_error(load(server, "other", "hf://else/sql"), 403, "source_not_allowed", "--allow-hub")
+            server.check_at_rest()
+
+
+def test_a_client_that_leaves_takes_its_transfer_with_it(make_settings, root: Path, tmp_path: Path):
+    """And with it the place of the next: two are fetched at once."""
+    with running_hub() as hub:
+        hub.files = {path.name: path.read_bytes() for path in (root / "one").iterdir()}
+        settings = make_settings(tmp_path, allow_hub=["team/*"], hub_endpoint=hub.url, allow_adapter_root=[root])
+        with LiveServer(settings) as server:
+            hub.pause = 0.2
+            ours = "/v1/adapters", {"name": "a", "source": "hf://team/sql"}
+            vllms = "/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "hf://team/sql"}
+            for path, body in (ours, vllms):
+                with pytest.raises(httpx2.ReadTimeout):
+                    server.client.post(path, json=body, timeout=0.5)
+            assert load(server, "local", root / "two").status_code == 200
+            assert server.client.get("/v1/transfers").json()["data"] == []
+            names = {row["name"] for row in server.client.get("/v1/adapters").json()["data"]}
+            assert names == {"red", "blue", "local"}
+            metrics = server.client.get("/metrics").text
+            assert 'loraplex_uploads_total{result="broken_off"} 2.0' in metrics
             server.check_at_rest()

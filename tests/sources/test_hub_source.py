@@ -1,6 +1,9 @@
 """Repositories of a hub, from a small server on loopback that speaks the two routes."""
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -13,8 +16,10 @@ from loraplex.errors import (
     SourceRefused,
     SourceUnavailable,
 )
+from loraplex.lora.store import AdapterStore
 from loraplex.sources.allow_list import AllowList
 from loraplex.sources.source import Source
+from loraplex.sources.transfer import Transfer
 
 TOKEN = "hf_notasecret"
 
@@ -96,3 +101,42 @@ def test_one_repository_alone_may_be_allowed(hub: Hub):
         source(hub, "hf://team/other", allowed="team/sql")
     with pytest.raises(SourceRefused, match="neither owner/name"):
         AllowList(repositories=["*"])
+
+
+def slow_transfer(hub: Hub, store: AdapterStore, **limits: Any) -> tuple[Transfer, Callable[[], None]]:
+    hub.pause = 0.01  # 100,000 bytes take two seconds
+    wanted = source(hub)
+    transfer = Transfer("x", wanted.shown, max_weights_bytes=1 << 24, **{"timeout": 60, **limits})
+
+    def fetch() -> None:
+        with store.stage() as staging:
+            wanted.fetch(staging, transfer)
+
+    return transfer, fetch
+
+
+def test_a_hub_that_dribbles_is_given_up_when_the_time_is_over(hub: Hub, store: AdapterStore):
+    """Its every packet comes in time; all of them together do not."""
+    transfer, fetch = slow_transfer(hub, store, timeout=0.6)
+    with pytest.raises(SourceFailed, match=r"could not be fetched within 0\.6 s .* bytes had come"):
+        fetch()
+    assert 0 < transfer.bytes_done < 100_000
+
+
+def test_a_hub_that_dribbles_is_left_when_the_transfer_is_stopped(hub: Hub, store: AdapterStore):
+    transfer, fetch = slow_transfer(hub, store)
+    with ThreadPoolExecutor(1) as thread:
+        fetching = thread.submit(fetch)
+        while transfer.bytes_done < 1000:
+            time.sleep(0.005)
+        transfer.stop()
+        with pytest.raises(SourceFailed, match="was stopped"):
+            fetching.result()
+    assert transfer.bytes_done < 100_000
+
+
+def test_a_hub_that_falls_silent_is_not_waited_for_beyond_the_time(hub: Hub, store: AdapterStore):
+    _, fetch = slow_transfer(hub, store, timeout=0.5)
+    hub.pause = 20.0
+    with pytest.raises(SourceUnavailable, match="ReadTimeout"):
+        fetch()

@@ -13,6 +13,7 @@ from loraplex.api.errors import is_json
 from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
 from loraplex.api.sources import fetch_adapter
+from loraplex.api.streaming import ClientGone
 from loraplex.api.tiers import describe_standing
 from loraplex.errors import InvalidRequest, LoraplexError, ModelNotFound
 from loraplex.lora.event import Event
@@ -41,7 +42,7 @@ async def upload(request: Request, service: TheService, metrics: TheMetrics) -> 
             accepted = await fetch_adapter(request, service)
         else:
             accepted = await _upload(request, service)
-    except ClientDisconnect:
+    except (ClientDisconnect, ClientGone):
         metrics.uploads.labels("broken_off").inc()
         return Response(status_code=499)  # nobody reads it
     except (LoraplexError, HTTPException):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loraplex.api.auth import caller_of
 from loraplex.api.openai import TheMetrics, TheService
+from loraplex.api.streaming import ClientGone, unless_gone
 from loraplex.errors import InvalidRequest, ModelNotFound
 from loraplex.service import Service
 from loraplex.serving.catalog import Catalogued
@@ -41,7 +42,12 @@ async def fetch_adapter(request: Request, service: Service) -> Catalogued:
             "multipart/form-data.",
             param=where or None,
         ) from None
-    return await service.fetching.fetch(wanted.name, wanted.source, caller_of(request), wanted.parent)
+    return await _fetch(request, service, wanted.name, wanted.source, wanted.parent)
+
+
+async def _fetch(request: Request, service: Service, name: str, source: str, parent: str | None = None) -> Catalogued:
+    """A client that goes away takes its transfer with it: another may have the place."""
+    return await unless_gone(request, service.fetching.fetch(name, source, caller_of(request), parent))
 
 
 async def read_body(request: Request) -> bytes:
@@ -96,7 +102,11 @@ async def load_lora_adapter(
             "version.",
             param="lora_name",
         )
-    accepted = await service.fetching.fetch(name, body.lora_path, caller_of(request))
+    try:
+        accepted = await _fetch(request, service, name, body.lora_path)
+    except ClientGone:
+        metrics.uploads.labels("broken_off").inc()
+        return PlainTextResponse("", 499)  # nobody reads it
     metrics.uploads.labels("created" if accepted.created else "unchanged").inc()
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SCHEMES = ("s3", "gs", "az")
-_CHUNK = 1 << 20
 _PICKLE = "adapter_model.bin"
 
 
@@ -59,7 +58,8 @@ class BucketSource:
             except FileNotFoundError:
                 return False
             size = reply.meta["size"]
-            transfer.write(staging, file, size, (bytes(chunk) for chunk in reply.stream(min_chunk_size=_CHUNK)))
+            # as they come: in larger pieces a slow store would keep a transfer from noticing that its time is over
+            transfer.write(staging, file, size, (bytes(chunk) for chunk in reply.stream(min_chunk_size=1)))
         return True
 
     def _explain(self, store: "ObjectStore", missing: list[str], *, is_empty: bool) -> None:

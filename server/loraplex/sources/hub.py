@@ -43,7 +43,8 @@ class HubSource:
         headers = {"accept-encoding": "identity"}
         if self._token is not None:
             headers["authorization"] = f"Bearer {self._token}"  # not sent on to other hosts after a redirect
-        timeout = httpx2.Timeout(30.0, connect=5.0)
+        left = max(0.1, transfer.seconds_left)  # a hub that falls silent is not waited for beyond the end
+        timeout = httpx2.Timeout(min(30.0, left), connect=min(5.0, left))
         with httpx2.Client(headers=headers, timeout=timeout, follow_redirects=True, trust_env=False) as client:
             info = self._info(client, transfer)
             commit = str(info.get("sha", ""))
@@ -88,7 +89,8 @@ class HubSource:
             size = reply.headers.get("content-length", "")
             if not size.isdecimal():
                 raise SourceFailed(f"The hub does not say how large {file.name} of {self.shown} is.")
-            transfer.write(staging, file, int(size), reply.iter_bytes(1 << 20))
+            # as they come: in larger pieces a slow hub would keep a transfer from noticing that its time is over
+            transfer.write(staging, file, int(size), reply.iter_bytes())
 
     @contextmanager
     def _reply(self, client: httpx2.Client, path: str) -> Iterator[httpx2.Response]:
