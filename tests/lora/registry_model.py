@@ -89,7 +89,9 @@ class RegistryModel:
         for number in chosen:
             del one.ready[number]
             one.live = [other for other in one.live if other != number]
-        self.events += [("delete", name, number, was, one.current) for number in chosen]
+        for number in chosen:  # the first event tells of the change
+            self.events.append(("delete", name, number, was, one.current))
+            was = one.current
 
     def route(self, name: str, number: int | None) -> None:
         revisions = self.routes.setdefault(alias_of(name), [])

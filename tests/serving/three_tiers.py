@@ -105,7 +105,7 @@ def make_bench(folder: Path) -> Bench:
     )
     pristine = folder / "pristine"
     base = load_base(folder / "base", torch.float32)
-    engine, info = assemble_engine(base, spec, lambda base: lambda digest, on_files: None)  # type: ignore
+    engine, info = assemble_engine(base, spec, lambda *_: lambda digest, on_files: None)  # type: ignore
     reader = AdapterReader(pristine, base.targets, base.dtype, spec.max_lora_rank)
     contents = tuple(make_content(pristine, base, reader, number) for number in range(POISON + 1))
     budget = contents[POISON - 1].nbytes + contents[2].nbytes  # the largest, and another
@@ -113,7 +113,7 @@ def make_bench(folder: Path) -> Bench:
     engine.runner.config = config
     info = type(info)(**{**vars_of(info), "config": config})
     other = load_base(folder / "base", torch.float32)
-    right, _ = assemble_engine(other, spec, lambda _: reader.read)
+    right, _ = assemble_engine(other, spec, lambda *_: reader.read)
     return Bench(folder, Tokenizer.load(folder / "base"), base, engine, info, right, contents)
 
 

@@ -1,9 +1,9 @@
 """/v1/adapters: upload, list, look, roll back, delete; who did it, and when."""
 
 import asyncio
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, HTTPException, Query, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
@@ -12,6 +12,7 @@ from loraplex.api.auth import caller_of
 from loraplex.api.errors import is_json
 from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
+from loraplex.api.paging import Limit, Offset
 from loraplex.api.sources import fetch_adapter
 from loraplex.api.streaming import ClientGone
 from loraplex.api.tiers import describe_standing
@@ -26,9 +27,6 @@ from loraplex.serving.merging import describe_merge
 
 router = APIRouter(prefix="/v1/adapters")
 audit_router = APIRouter(prefix="/v1/audit")
-
-Offset = Annotated[int, Query(ge=0)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
 
 _BATCH_BYTES = 1 << 20
 
@@ -147,7 +145,7 @@ class RollbackRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int | None = Field(None, ge=1)
+    version: int | None = Field(None, ge=1, lt=2**31)
 
 
 @router.post("/{name}/rollback")

@@ -75,6 +75,8 @@ async def _on_loraplex_error(request: Request, error: Exception) -> JSONResponse
     assert isinstance(error, errors.LoraplexError)
     status = status_of(error)
     headers = {}
+    if status >= 500 and status != 503:  # a disk, a device, a source: whoever runs the server has to know
+        logger.warning("request failed", path=request.url.path, status=status, code=error.code, reason=error.message)
     if status == 503:
         headers["Retry-After"] = str(getattr(error, "retry_after", 1))
     if isinstance(error, errors.RequestFailed | errors.AdapterLoadFailed):

@@ -12,9 +12,10 @@ from fastapi import APIRouter, Body, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from loraplex.api.adapters import Limit, Offset, list_events
+from loraplex.api.adapters import list_events
 from loraplex.api.auth import caller_of
 from loraplex.api.openai import TheService
+from loraplex.api.paging import Limit, Offset
 from loraplex.errors import InvalidRequest
 from loraplex.routing.document import document_of
 from loraplex.routing.names import validate_name
@@ -114,7 +115,7 @@ class RouteRollbackRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    revision: int | None = Field(None, ge=1)
+    revision: int | None = Field(None, ge=1, lt=2**31)
 
 
 @router.post("/{alias}/rollback")

@@ -1,13 +1,14 @@
 """/v1/tiers, and pin, unpin, prefetch below /v1/adapters/{model}."""
 
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict
 
 from loraplex.api.auth import caller_of
 from loraplex.api.openai import TheService
+from loraplex.api.paging import Limit, Offset
 from loraplex.engine.adapter_residency import AdapterStanding
 from loraplex.lora.version import Version
 from loraplex.routing.names import parse_model
@@ -19,8 +20,8 @@ router = APIRouter(prefix="/v1")
 async def get_tiers(
     service: TheService,
     tier: Literal["device", "ram", "disk"] | None = None,
-    offset: Annotated[int, Query(ge=0)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    offset: Offset = 0,
+    limit: Limit = 100,
 ) -> dict[str, Any]:
     """What stands where now; `data` lists the versions of one tier, or of all, by name."""
     view, rows, total = await service.tiers.view(tier, offset, limit)

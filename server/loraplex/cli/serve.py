@@ -308,8 +308,9 @@ def configure_logging(level: str, *, as_json: bool) -> None:
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
+    foreign = [*shared, tracebacks if as_json else _keep]
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=shared)  # type: ignore[arg-type]
+        structlog.stdlib.ProcessorFormatter(processor=renderer, foreign_pre_chain=foreign)  # type: ignore[arg-type]
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -216,6 +216,7 @@ class Registry:
             now = self._current(connection, name)
             for one in deleted:
                 self._record(connection, who, DELETE, one, was=was, now=now)
+                was = now  # one event tells of the change, so that each begins where the one before it ended
             self._step("delete: event written")
             return deleted
 

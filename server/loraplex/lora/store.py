@@ -338,7 +338,7 @@ class AdapterStore:
             raise storage_full(cause, "a look at its free space") from cause
         if free.f_bavail * free.f_frsize < self._min_free_bytes:
             raise StorageFull(
-                f"The disk of the data directory has less than {self._min_free_bytes >> 20} MiB left. "
+                f"The disk of the data directory would be left with less than {self._min_free_bytes >> 20} MiB. "
                 "Delete adapters or free some space, then try again."
             )
 

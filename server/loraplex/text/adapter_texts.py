@@ -30,6 +30,7 @@ _SAMPLE = [
     {"role": "assistant", "content": "Hello. What can I do?"},
     {"role": "user", "content": "Tell me a story."},
 ]
+_OTHER_SAMPLES = (_SAMPLE[:1], [{"role": "system", "content": "Be kind."}, *_SAMPLE])
 
 
 class AdapterTexts:
@@ -65,13 +66,15 @@ class AdapterTexts:
         return replace(brought, notes=(*brought.notes, *notes))
 
     async def _check_template(self, source: str, special_tokens: Mapping[str, str]) -> tuple[str, ...]:
-        """Render a sample once. Raises AdapterInvalid; a template that raises its own exception is fine."""
+        """Render a sample, and others if that fails. Raises AdapterInvalid for a template that fails on all of them;
+        one that raises its own exception is fine."""
         key = hashlib.sha256(source.encode(errors="surrogatepass")).hexdigest()
         if key in self._checked:
             return self._checked[key]
         notes: tuple[str, ...] = ()
         try:
-            await self._sandbox.render(source, _SAMPLE, special_tokens, is_check=True)
+            if not (await self._sandbox.render(source, _SAMPLE, special_tokens, is_check=True)).strip():
+                raise TemplateFailed("failed", "it says nothing")
         except TemplateFailed as error:
             words = {
                 "syntax": "does not compile",
@@ -84,10 +87,27 @@ class AdapterTexts:
                     "upload without it to use the base's.",
                     param=CHAT_TEMPLATE.part,
                 ) from error
+            if error.kind == "failed" and not await self._renders_any(source, special_tokens):
+                raise AdapterInvalid(
+                    f"{CHAT_TEMPLATE.name} fails on every sample conversation, or says nothing. With one of three "
+                    f"messages: {error.message[:200]}. Correct the template, or send the upload without "
+                    "it to use the base's.",
+                    param=CHAT_TEMPLATE.part,
+                ) from error
             said = "refused" if error.kind == "raised" else "failed on"
             notes = (f"the chat template {said} a sample conversation without a system message: {error.message[:200]}",)
         self._checked[key] = notes
         return notes
+
+    async def _renders_any(self, source: str, special_tokens: Mapping[str, str]) -> bool:
+        for sample in _OTHER_SAMPLES:
+            try:
+                if (await self._sandbox.render(source, sample, special_tokens, is_check=True)).strip():
+                    return True
+            except TemplateFailed as error:
+                if error.kind == "raised":
+                    return True
+        return False
 
     # -- out --------------------------------------------------------------------------------------------------
 
