@@ -98,8 +98,6 @@ class TiersMachine(Tiers):
 
     # -- the server's verbs -----------------------------------------------------------------------------------
 
-    # -- the server's verbs -----------------------------------------------------------------------------------
-
     def begin(self, doing: Coroutine[Any, Any, None], work: Work, *, is_awaited: bool) -> None:
         async def watched() -> None:
             try:
@@ -109,6 +107,8 @@ class TiersMachine(Tiers):
                 self.check_error(work)
 
         work.task = self.loop.create_task(watched())
+        # seen, or asyncio would tell of it when the garbage is collected: in the midst of whatever runs then
+        work.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self.works.append(work)
         self.server.settle()
         for _ in range(2000):
