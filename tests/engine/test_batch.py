@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_rig import Rig, uses
+from scheduler_rig import Rig, make_sequence, uses
 
-from loraplex.engine.batch import BatchBuffers, ForwardBatch
+from loraplex.engine.batch import BatchBuffers, Capacity, ForwardBatch, LogitRows
 from loraplex.engine.messages import TokenLogprobs
-from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch
+from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
 from loraplex.model.linear import ROW_MULTIPLE
 
 
@@ -33,9 +33,9 @@ class FakePool:
 class BatchRig(Rig):
     """Builds every scheduled batch and compares it; answers with the prompt logprobs that its rows stand for."""
 
-    def __init__(self, **sizes):
+    def __init__(self, is_apart: bool | None = None, **sizes):
         super().__init__(**sizes)
-        self.buffers = BatchBuffers(self.config, torch.device("cpu"))
+        self.buffers = BatchBuffers(self.config, torch.device("cpu"), is_apart)
         self.pool = FakePool(self.config.max_loras - 1)
         self.reported: dict[str, list[int]] = {}
         self.num_heads = self.num_batches = 0
@@ -189,3 +189,65 @@ def test_padding(count: int):
     rig.step()
     rig.add("second", prompt=[5] * count, max_tokens=1)
     rig.run()
+
+
+def test_a_device_with_its_own_memory_reads_the_same():
+    rig = BatchRig(is_apart=True, max_num_seqs=3, max_num_batched_tokens=16, max_loras=3)
+    for i, names in enumerate([("a",), (), ("a", "b"), ("c",), ("b",)]):
+        rig.add(str(i), uses(*names), prompt=5 + 7 * i, max_tokens=6, **({"prompt_logprobs": 0} if i == 3 else {}))
+    rig.run()
+    assert rig.num_heads > 0
+
+
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_at_capacity_the_tensors_stay_where_they_are(is_apart: bool):
+    """Decodes of other lengths, adapters and numbers: in the live part what an ordinary build gives, past it nothing
+    that is stored, seen or added to."""
+    rig = Rig(max_num_seqs=8, max_loras=4)
+    buffers, ordinary = (BatchBuffers(rig.config, torch.device("cpu"), apart) for apart in (is_apart, False))
+    pool, capacity = FakePool(9), Capacity(8, 16)
+    addresses = set()
+    for names in ([], ["a"], ["b", "b", "c", "", "a"], ["d"] * 8, ["", "a+b", "c", "c"]):
+        entries = []
+        for i, name in enumerate(names):
+            seq = make_sequence(f"s{i}", range(3, 3 + 9 * (i + 1)), uses(*filter(None, name.split("+"))))
+            seq.block_table, seq.num_computed_tokens = list(range(i, 12 + i)), seq.num_tokens - 1
+            entries.append(ScheduledSequence(seq, 1, tuple(map(ord, filter(str.isalpha, name)))))
+        batch = ScheduledBatch(0, tuple(entries), ())
+        built = buffers.build(batch, pool, capacity)  # type: ignore[arg-type]
+        attn, lora, n = built.attn, built.lora, len(names)
+        assert lora is not None
+        assert lora.segments.count is not None
+        live = int(lora.segments.count)
+        tensors = [built.input_ids, built.positions, built.logit_indices, attn.cu_seqlens_q, attn.seq_lens]
+        tensors += [attn.block_tables, attn.slot_mapping, lora.segments.start, lora.segments.scale, lora.segments.count]
+        addresses.add(tuple((tensor.data_ptr(), tensor.shape) for tensor in tensors))
+        assert attn.cu_seqlens_q.tolist() == list(range(9))
+        assert attn.seq_lens[n:].tolist() == [0] * (8 - n)
+        assert attn.slot_mapping[n:].tolist() == [-1] * (8 - n)
+        assert (attn.min_query_len, attn.max_query_len, attn.max_seq_len) == (1, 1, None)
+        assert (lora.spans, lora.segments.num_rows, lora.segments.max_rank, built.num_logit_rows) == ((), 8, 16, 8)
+        assert built.rows == tuple(
+            LogitRows(i, i + 1, seq.num_tokens - 1) for i, seq in enumerate(entry.seq for entry in entries)
+        )
+        if not names:
+            assert live == 0
+            continue
+        wanted = ordinary.build(batch, pool)  # type: ignore[arg-type]
+        for found, plain in (
+            (built.input_ids, wanted.input_ids), (built.positions, wanted.positions),
+            (attn.slot_mapping.unsqueeze(0), wanted.attn.slot_mapping.unsqueeze(0)),
+            (attn.seq_lens.unsqueeze(0), wanted.attn.seq_lens.unsqueeze(0)),
+            (built.logit_indices.unsqueeze(0), wanted.logit_indices.unsqueeze(0)),
+        ):  # fmt: skip
+            assert torch.equal(found[:, :n], plain[:, :n])
+        for i, entry in enumerate(entries):
+            assert attn.block_tables[i, : len(entry.seq.block_table)].tolist() == entry.seq.block_table
+        if wanted.lora is None:
+            assert live == 0
+            continue
+        assert live == len(wanted.lora.spans)
+        for name in ("start", "end", "place", "scale", "offset"):
+            column = getattr(lora.segments, name)[:live]
+            assert torch.equal(column, getattr(wanted.lora.segments, name)), name
+    assert len(addresses) == 1

@@ -2,10 +2,11 @@
 
 T tokens of all sequences stand side by side in the order of the batch's entries, padded to a multiple of ROW_MULTIPLE
 rows; R of them need logits (each sequence's last token, and prompt positions whose logprobs were asked for).
-The buffers are allocated once; a batch is views into them, valid until the next one is built.
+The buffers are allocated once; a batch is views into them, valid until the next one is built. One that is built for a
+`Capacity` lies at the same addresses and in the same shapes each time, whatever it holds: a captured graph reads it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.scheduled_batch import ScheduledBatch, ScheduledSequence
+from loraplex.engine.step_buffer import Field, StepBuffer
 from loraplex.model.linear import ROW_MULTIPLE
 from loraplex.model.step_context import Span, StepLoRA
 from loraplex.ops import AttentionMetadata, LoRASegments
@@ -28,6 +30,15 @@ class LogitRows:
     start: int
     end: int
     first_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a step that is captured has room for: `num_rows` sequences of one new token each, a multiple of
+    ROW_MULTIPLE, as many segments and as many rows of segments; `max_rank` of any adapter, 0: rows of the base only."""
+
+    num_rows: int
+    max_rank: int
 
 
 @dataclass(slots=True)
@@ -45,25 +56,32 @@ class ForwardBatch:
 
 
 class BatchBuffers:
-    def __init__(self, config: EngineConfig, device: torch.device):
+    def __init__(self, config: EngineConfig, device: torch.device, is_apart: bool | None = None):
+        """`is_apart`: see `StepBuffer`."""
         self._block_size = config.block_size
-        self._device = device
-        num_seqs = max(config.max_num_seqs, 2)  # the proof at load runs two side by side
+        num_seqs = _padded(max(config.max_num_seqs, 2))  # the proof at load runs two side by side
         num_tokens = max(config.max_num_batched_tokens, num_seqs) + ROW_MULTIPLE
         num_segments = num_seqs * config.max_loras
         max_blocks = -(-config.max_model_len // config.block_size)
-        self._input_ids = np.zeros(num_tokens, np.int64)
-        self._positions = np.zeros(num_tokens, np.int64)
-        self._slots = np.zeros(num_tokens, np.int64)
-        self._logit_indices = np.zeros(num_tokens, np.int64)
-        self._cu_seqlens = np.zeros(num_seqs + 1, np.int32)
-        self._seq_lens = np.zeros(num_seqs, np.int32)
-        self._block_tables = np.zeros((num_seqs, max_blocks), np.int32)
-        self._body = SegmentBuffers(num_segments, device)
-        self._head = SegmentBuffers(num_segments, device)
+        fields: dict[str, Field] = {
+            "input_ids": (torch.int64, (num_tokens,)),
+            "positions": (torch.int64, (num_tokens,)),
+            "slots": (torch.int64, (num_tokens,)),
+            "logit_indices": (torch.int64, (num_tokens,)),
+            "cu_seqlens": (torch.int32, (num_seqs + 1,)),
+            "seq_lens": (torch.int32, (num_seqs,)),
+            **SegmentBuffers.fields("body", num_segments),
+            **SegmentBuffers.fields("head", num_segments),
+            "block_tables": (torch.int32, (num_seqs, max_blocks)),  # last: the rows of no sequence are not sent
+        }
+        self._memory = StepBuffer(fields, device, is_apart)
+        self._body = SegmentBuffers(self._memory, "body")
+        self._head = SegmentBuffers(self._memory, "head")
 
-    def build(self, batch: ScheduledBatch, pool: AdapterPool) -> ForwardBatch:
-        """`pool` tells the ranks of the adapters in their places, and which of them are more than deltas."""
+    def build(self, batch: ScheduledBatch, pool: AdapterPool, capacity: Capacity | None = None) -> ForwardBatch:
+        """`pool` tells the ranks of the adapters in their places, and which of them are more than deltas. With a
+        `capacity` every entry has one new token and one row of logits, and the batch is filled up to it."""
+        self._begin()
         token = row = 0
         rows = []
         for index, entry in enumerate(batch.entries):
@@ -72,33 +90,62 @@ class BatchBuffers:
             rows.append(entry_rows)
             token += entry.num_new_tokens
             row = entry_rows.end
+        token_bounds = [0, *np.cumsum([entry.num_new_tokens for entry in batch.entries], dtype=int).tolist()]
+        row_bounds = [0, *(span.end for span in rows)]
+        body = self._body.build(batch, token_bounds, pool)
+        head = self._head.build(batch, row_bounds, pool) if pool.changes_head(batch.places) else None
+        count = len(batch.entries)
+        if capacity is None:
+            longest, shortest = _most_and_least(entry.num_new_tokens for entry in batch.entries)
+            max_seq_len = int(self._seq_lens[:count].max())
+        else:
+            assert token == row == count <= capacity.num_rows
+            assert head is None, "an adapter on the output head is not captured"
+            longest = shortest = 1
+            max_seq_len = None
+            self._fill_sequences(count, capacity.num_rows)
+            count = token = row = capacity.num_rows
+            body = self._body.at_capacity(capacity) if capacity.max_rank else None
         padded = _padded(token)
         self._input_ids[token:padded] = 0
         self._positions[token:padded] = 0
         self._logit_indices[row : _padded(row)] = 0
-        token_bounds = [0, *np.cumsum([entry.num_new_tokens for entry in batch.entries]).tolist()]
-        row_bounds = [0, *(span.end for span in rows)]
-        count = len(batch.entries)
+        self._memory.send(count)
+        tensors = self._memory.tensors
         attn = AttentionMetadata(
-            self._tensor(self._cu_seqlens[: count + 1]),
-            self._tensor(self._seq_lens[:count]),
-            self._tensor(self._block_tables[:count]),
-            self._tensor(self._slots[:token]),
+            tensors["cu_seqlens"][: count + 1],
+            tensors["seq_lens"][:count],
+            tensors["block_tables"][:count],
+            tensors["slots"][:token],
             self._block_size,
-            max(entry.num_new_tokens for entry in batch.entries),
-            min(entry.num_new_tokens for entry in batch.entries),
-            int(self._seq_lens[:count].max()),
+            longest,
+            shortest,
+            max_seq_len,
         )
         return ForwardBatch(
-            self._tensor(self._input_ids[:padded]).unsqueeze(0),
-            self._tensor(self._positions[:padded]).unsqueeze(0),
+            tensors["input_ids"][:padded].unsqueeze(0),
+            tensors["positions"][:padded].unsqueeze(0),
             attn,
-            self._body.build(batch, token_bounds, pool),
-            self._head.build(batch, row_bounds, pool) if pool.changes_head(batch.places) else None,
-            self._tensor(self._logit_indices[: _padded(row)]),
+            body,
+            head,
+            tensors["logit_indices"][: _padded(row)],
             row,
             tuple(rows),
         )
+
+    def _begin(self) -> None:
+        self._memory.begin()
+        arrays = self._memory.arrays
+        self._input_ids, self._positions, self._slots = arrays["input_ids"], arrays["positions"], arrays["slots"]
+        self._cu_seqlens, self._seq_lens = arrays["cu_seqlens"], arrays["seq_lens"]
+        self._logit_indices, self._block_tables = arrays["logit_indices"], arrays["block_tables"]
+
+    def _fill_sequences(self, count: int, end: int) -> None:
+        """Make sequences count:end ones of a token that is stored nowhere and sees nothing."""
+        self._input_ids[count:end] = self._positions[count:end] = self._logit_indices[count:end] = 0
+        self._slots[count:end] = -1
+        self._cu_seqlens[count + 1 : end + 1] = np.arange(count + 1, end + 1)
+        self._seq_lens[count:end] = 0
 
     def _write_tokens(self, index: int, entry: ScheduledSequence, token: int) -> None:
         seq, size = entry.seq, self._block_size
@@ -124,20 +171,29 @@ class BatchBuffers:
         self._logit_indices[row : row + count] = np.arange(token + first - start, token + end - start)
         return LogitRows(row, row + count, first)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
-
 
 class SegmentBuffers:
     """The segments of one kind of rows (tokens, or rows of logits), written into arrays that are allocated once."""
 
-    def __init__(self, num_segments: int, device: torch.device):
-        self._device = device
-        self._segments = np.zeros((4, num_segments), np.int32)  # start, end, place, offset
-        self._scales = np.zeros(num_segments, np.float32)
+    def __init__(self, memory: StepBuffer, kind: str):
+        self._memory = memory
+        self._kind = kind
+        tensors = memory.tensors
+        self._columns = (*tensors[f"{kind}_segments"].unbind(), tensors[f"{kind}_scales"])
+        self._count = tensors[f"{kind}_count"]
+
+    @staticmethod
+    def fields(kind: str, num_segments: int) -> dict[str, Field]:
+        return {
+            f"{kind}_segments": (torch.int32, (4, num_segments)),  # start, end, place, offset
+            f"{kind}_scales": (torch.float32, (num_segments,)),
+            f"{kind}_count": (torch.int32, (1,)),
+        }
 
     def build(self, batch: ScheduledBatch, bounds: Sequence[int], pool: AdapterPool) -> StepLoRA | None:
         """Rows bounds[i]:bounds[i + 1] are entry i's. None when no row is an adapter's."""
+        arrays, kind = self._memory.arrays, self._kind
+        segments, scales = arrays[f"{kind}_segments"], arrays[f"{kind}_scales"]
         spans: list[Span] = []
         extras: list[Span] = []
         num_rows = index = 0
@@ -152,8 +208,8 @@ class SegmentBuffers:
                 continue
             for use, place in zip(composition, places, strict=True):
                 count = len(spans)
-                self._segments[:, count] = (start, end, place, num_rows)
-                self._scales[count] = use.scale
+                segments[:, count] = (start, end, place, num_rows)
+                scales[count] = use.scale
                 spans.append(Span(start, end, place, num_rows, use.scale))
                 num_rows += end - start
                 if not pool.is_additive(place):
@@ -161,17 +217,27 @@ class SegmentBuffers:
                     assert len(composition) == 1, "an adapter that is more than deltas runs alone"
                     assert use.scale == 1.0, "an adapter that is more than deltas runs at scale 1"
                     extras.append(spans[-1])
+        arrays[f"{kind}_count"][0] = len(spans)
         if not spans:
             return None
-        count = len(spans)
-        starts, ends, placed, offsets = (self._tensor(self._segments[i, :count]) for i in range(4))
         max_rank = pool.max_rank([span.place for span in spans])
-        scales = self._tensor(self._scales[:count])
-        segments = LoRASegments(starts, ends, placed, scales, offsets, num_rows, max_rank)
-        return StepLoRA(segments, tuple(spans), tuple(extras))
+        return StepLoRA(self._tensors(len(spans), num_rows, max_rank), tuple(spans), tuple(extras))
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+    def at_capacity(self, capacity: Capacity) -> StepLoRA:
+        """The segments that were built last, in a launch of that size: how many live ones there are is read on the
+        device."""
+        lora = self._tensors(capacity.num_rows, capacity.num_rows, capacity.max_rank)
+        lora.count = self._count
+        return StepLoRA(lora, ())
+
+    def _tensors(self, count: int, num_rows: int, max_rank: int) -> LoRASegments:
+        start, end, place, offset, scale = (column[:count] for column in self._columns)
+        return LoRASegments(start, end, place, scale, offset, num_rows, max_rank)
+
+
+def _most_and_least(numbers: Iterable[int]) -> tuple[int, int]:
+    found = sorted(numbers)
+    return found[-1], found[0]
 
 
 def _padded(count: int) -> int:
