@@ -1,11 +1,14 @@
 """Sampling: draws follow the truncated softmax, a row knows nothing of its batch, adjustments equal plain formulas."""
 
+import importlib
 import math
 
 import pytest
 import torch
+import torch.utils._python_dispatch
 from scheduler_rig import make_sequence
 
+from loraplex.engine import sampler as sampling
 from loraplex.engine.sampler import Sampler
 from loraplex.engine.sequence import Sequence
 from loraplex.ops import select_ops
@@ -141,6 +144,57 @@ def test_a_tiny_temperature_is_greedy_and_not_a_nan(sampler: Sampler):
     for temperature in (1e-300, 1e-38, 1e-5, 1e-3):
         seq = sequence(temperature=temperature, top_p=0.9, top_k=3, min_p=0.1)
         assert sampler.sample(LOGITS.unsqueeze(0) * 50, [seq]) == [3]
+
+
+@pytest.mark.parametrize("vocabulary", [1, 12, 300, 2000])
+def test_sorting_finds_the_nuclei_that_the_prefix_finds(vocabulary: int):
+    """The way of a device that is not to be waited for, on a CPU to the bit: flat and steep rows, equals at the border,
+    what min_p or top_k has cut already; rows beside each other and alone."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    scales = torch.tensor([0.0, 0.1, 1.0, 5.0, 40.0]).repeat(8)
+    logits = torch.randn(len(scales), vocabulary, generator=generator) * scales.unsqueeze(1)
+    logits[::2] = logits[::2].round()
+    logits[1::3, vocabulary // 2 :].masked_fill_(torch.rand(vocabulary - vocabulary // 2) < 0.5, -torch.inf)
+    rows = list(range(0, len(scales), 2)) + [1, 5]
+    top_p = [0.05 + 0.9 * i / len(rows) for i in range(len(rows))]
+    wanted, found = logits.clone(), logits.clone()
+    sampling.mask_by_prefix(wanted, rows, top_p)
+    sampling.mask_by_sorting(found, rows, top_p)
+    assert torch.equal(found, wanted)
+    for row, own in zip(rows, top_p, strict=True):
+        alone = logits[row : row + 1].clone()
+        sampling.mask_by_sorting(alone, [0], [own])
+        assert torch.equal(alone[0], found[row])
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    """Fails where the host asks a tensor for its numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        waits = {"_local_scalar_dense", "nonzero", "item", "_unique2", "is_nonzero", "equal"}
+        # what is found on the host, before it is sent, may count
+        assert name not in waits or name == "_unique2", f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_choosing_waits_for_no_device(monkeypatch: pytest.MonkeyPatch):
+    """Every kind of row at once, as on a device that is no CPU."""
+    monkeypatch.setattr(sampling, "mask_by_prefix", sampling.mask_by_sorting)
+    monkeypatch.setattr(sampling, "_argmax", lambda logits: logits.argmax(-1))
+    kinds = [{"temperature": 0.0}, *TRUNCATIONS[1:], *ADJUSTMENTS]
+    seqs = [sequence((3, 4, 3), (6, 6, 10, 5), **{"temperature": 1.0, **kind}) for kind in kinds]
+    logits = LOGITS.expand(len(seqs), -1).clone()
+    tokens = sampler_of("torch_ops").sample(logits, seqs)
+    with Watched():
+        found = sampler_of("torch_ops").choose(logits, seqs)
+        rated = sampling.rate(logits, found, 3)
+    assert found.tolist() == tokens
+    assert all(len(part) == len(seqs) for part in rated)
+
+
+def sampler_of(name: str) -> Sampler:
+    return Sampler(frozenset({EOS}), importlib.import_module(f"loraplex.ops.{name}"))
 
 
 # -- adjustments ----------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from loraplex.engine.batch import BatchBuffers, ForwardBatch, LogitRows
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.kept_logits import KeptLogits
 from loraplex.engine.messages import Failure, TokenLogprobs
-from loraplex.engine.sampler import Sampler
+from loraplex.engine.sampler import Sampler, rate, read_logprobs
 from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import KVCache, LayerGeometry, PagedStep
+from loraplex.model.devices import fetch, send
 from loraplex.model.loader import BaseModel
 from loraplex.model.merged import MergedWeights
 from loraplex.model.step_context import StepContext
@@ -111,19 +112,25 @@ class ModelRunner:
         return logits, step, forward.rows
 
     def _results(self, batch: ScheduledBatch, rows: tuple[LogitRows, ...], logits: Tensor) -> list[RowResult]:
-        is_finite = logits.amax(-1).isfinite().tolist() if len(logits) else []
         sampled = [
             (index, rows[index].end - 1, entry.seq)
             for index, entry in enumerate(batch.entries)
             if entry.is_last_chunk and entry.seq.request.params.max_tokens > 0
         ]
-        if len(sampled) == len(logits):
-            chosen_logits = logits
-        else:
-            chosen_logits = logits[torch.tensor([row for _, row, _ in sampled], dtype=torch.long, device=logits.device)]
-        tokens = self._sampler.sample(chosen_logits, [seq for _, _, seq in sampled])
+        chosen_logits = logits
+        if len(sampled) != len(logits):
+            chosen_logits = logits[send([row for _, row, _ in sampled], torch.int64, logits.device)]
+        chosen = self._sampler.choose(chosen_logits, [seq for _, _, seq in sampled])
+        counts = {i: n for i, (_, _, seq) in enumerate(sampled) if (n := seq.request.params.logprobs) is not None}
+        rated = self._rate(chosen_logits, chosen, counts)
+        # the one wait of a step, unless prompts' logprobs are asked for
+        finite, chosen, *rated = fetch(_are_finite(logits), chosen, *rated)
+        is_finite, tokens = finite.tolist(), chosen.tolist()
         token_of = {index: token for (index, _, _), token in zip(sampled, tokens, strict=True)}
-        logprobs = self._token_logprobs(sampled, tokens, chosen_logits)
+        logprobs: dict[int, TokenLogprobs] = {}
+        if counts:
+            found = read_logprobs([tokens[i] for i in counts], list(counts.values()), rated)
+            logprobs = {sampled[i][0]: one for i, one in zip(counts, found, strict=True)}
         results = []
         for index, entry in enumerate(batch.entries):
             entry_rows = rows[index]
@@ -134,14 +141,12 @@ class ModelRunner:
             results.append(RowResult(token_of.get(index), logprobs.get(index), prompt))
         return results
 
-    def _token_logprobs(self, sampled: list, tokens: list[int], logits: Tensor) -> dict[int, TokenLogprobs]:
-        wanted = [i for i, (_, _, seq) in enumerate(sampled) if seq.request.params.logprobs is not None]
-        if not wanted:
-            return {}
-        counts = [sampled[i][2].request.params.logprobs for i in wanted]
-        rows = logits[torch.tensor(wanted, device=logits.device)]
-        found = self._sampler.logprobs(rows, [tokens[i] for i in wanted], counts)
-        return {sampled[i][0]: logprob for i, logprob in zip(wanted, found, strict=True)}
+    def _rate(self, logits: Tensor, tokens: Tensor, counts: Mapping[int, int]) -> tuple[Tensor, ...]:
+        """`rate` of the rows that have a count of alternatives."""
+        if not counts:
+            return ()
+        index = send(list(counts), torch.int64, logits.device)
+        return rate(logits[index], tokens[index], max(counts.values()))
 
     def _prompt_logprobs(self, entry: ScheduledSequence, rows: LogitRows, logits: Tensor) -> tuple[TokenLogprobs, ...]:
         """Of the prompt tokens that this chunk's logits are about, in order, none twice."""
@@ -157,3 +162,8 @@ class ModelRunner:
         own = logits[rows.start : rows.start + len(tokens)]
         found = tuple(self._sampler.logprobs(own, tokens, [count] * len(tokens)))
         return self.kept_logits.see(seq, first - seq.request.params.prompt_logprobs_from, own, found)
+
+
+def _are_finite(logits: Tensor) -> Tensor:
+    """bool [R]: whether a row is all numbers, by its largest."""
+    return logits.amax(-1).isfinite() if len(logits) else torch.empty(0, dtype=torch.bool, device=logits.device)

@@ -1,8 +1,10 @@
 """Where and in what numbers the base runs, and on how many threads."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from loraplex.errors import StartupError
 
@@ -53,3 +55,19 @@ def keep_large_blocks_apart() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         mallopt(_M_ARENA_MAX, 2)
+
+
+def send(values: Sequence | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the host's numbers on `device`. Nobody waits: the copy is made in the order of the stream, from
+    pinned memory that torch keeps until it is done."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def fetch(*tensors: Tensor) -> list[Tensor]:
+    """The same on the host, with one wait for all of them; on a CPU the very same tensors."""
+    if not any(tensor.is_cuda for tensor in tensors):
+        return [tensor.cpu() for tensor in tensors]
+    found = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # into pinned memory
+    torch.cuda.current_stream().synchronize()
+    return found
