@@ -122,7 +122,9 @@ def make_world(
     return make_world_of(tiny.make_model(model_type, seed=seed, dtype=dtype), model_type, ops, **sizes)
 
 
-def make_world_of(model: PreTrainedModel, model_type: str, ops=None, base: BaseModel | None = None, **sizes) -> World:
+def make_world_of(
+    model: PreTrainedModel, model_type: str, ops=None, base: BaseModel | None = None, capture=None, **sizes
+) -> World:
     """A world around a model that is in memory; runs the proof at load. With a `base` of its own, `model` is its
     reference."""
     original = copy.deepcopy(model) if base is None else model
@@ -135,7 +137,7 @@ def make_world_of(model: PreTrainedModel, model_type: str, ops=None, base: BaseM
         ops.warm_up(base.dtype)
     reference = make_reference(base.model, base.vocab_size)
     geometry = measure_geometry(base.model)
-    runner = RecordingRunner(base, geometry, config, ops)
+    runner = RecordingRunner(base, geometry, config, ops, capture)
     runner.recorded = {}
     proof = prove(runner, reference)
     runner.recorded = {}

@@ -42,6 +42,30 @@ def memory(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
     return set_available
 
 
+def test_graphs_are_refused_by_name_where_there_are_none(base: BaseModel, monkeypatch: pytest.MonkeyPatch):
+    assert build._graph_rank(SPEC, base) is None
+    spec = replace(SPEC, graphs=True, max_lora_rank=24)
+    with pytest.raises(StartupError, match="CUDA graphs.*the device is cpu"):
+        assemble_engine(base, spec, lambda base: lambda digest, on_files: pytest.fail("nothing is read"))
+    there = replace(base, device=torch.device("cuda"))
+    assert build._graph_rank(spec, there) == 24
+    experts = wrap_model(tiny.make_model("qwen3_moe"))
+    with pytest.raises(StartupError, match="'qwen3_moe' is a mixture of experts"):
+        build._graph_rank(spec, replace(experts, device=torch.device("cuda")))
+
+
+def test_a_graph_that_cannot_be_captured_ends_the_start():
+    class Runner:
+        class base:
+            config = tiny.make_model("llama").config
+
+        def capture_graphs(self) -> None:
+            raise RuntimeError("operation not permitted")
+
+    with pytest.raises(StartupError, match="No CUDA graph of 'llama'.*not permitted"):
+        build._capture_graphs(Runner())  # type: ignore[arg-type]
+
+
 # -- the memory plan ------------------------------------------------------------------------------------------------
 
 

@@ -122,8 +122,8 @@ def test_rows_that_depend_on_the_batch_are_told(monkeypatch: pytest.MonkeyPatch)
     loading = Loading("llama")
     forward = loading.runner.forward
 
-    def noisy(batch):
-        logits, step = forward(batch)
+    def noisy(batch, merged=None):
+        logits, step = forward(batch, merged)
         return logits * (1 + 1e-6 * len(batch.rows)), step
 
     monkeypatch.setattr(loading.runner, "forward", noisy)

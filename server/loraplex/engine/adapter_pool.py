@@ -43,6 +43,7 @@ class AdapterPool:
         linears = {name: shape for name, shape in targets.items() if shape.kind in ("linear", "head", "embedding")}
         self._row_of = {name: row for row, name in enumerate(linears)}
         self._heads = [name for name, shape in linears.items() if shape.kind == "head"]
+        self._embeddings = [name for name, shape in linears.items() if shape.kind == "embedding"]
         size = (len(linears), num_places)
         self._slabs: list[torch.Tensor | None] = [None] * num_places
         self._digests: list[str | None] = [None] * num_places
@@ -153,10 +154,17 @@ class AdapterPool:
 
     def changes_head(self, places: Iterable[int]) -> bool:
         """Whether any adapter in `places` does anything to the output head."""
+        return self._changes(self._heads, places)
+
+    def changes_embedding(self, places: Iterable[int]) -> bool:
+        """Whether any adapter in `places` does anything to the input embedding."""
+        return self._changes(self._embeddings, places)
+
+    def _changes(self, names: list[str], places: Iterable[int]) -> bool:
         places = list(places)
         return any(
             bool(self._rank[self._row_of[name], place]) or self.extras[name][place] is not None
-            for name in self._heads
+            for name in names
             for place in places
         )
 

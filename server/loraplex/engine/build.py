@@ -40,6 +40,7 @@ class EngineSpec:
     device four fifths of what weights and pool leave (or what max_num_seqs full sequences need, if that is less); the
     rest is for the activations of a step.
     `gpu_memory_utilization`: share of an accelerator's memory, weights included, that may be planned with; None: 0.9.
+    `graphs`: decoding is captured as CUDA graphs, for adapters of every rank up to max_lora_rank.
     `max_loras` None: 8; on a CPU, where a place is but an address, one for each sequence.
     """
 
@@ -59,6 +60,7 @@ class EngineSpec:
     max_waiting: int = 1024
     block_size: int = 16
     merge: str = "off"
+    graphs: bool = False
     quantization: str | None = None
     extra_eos_token_ids: frozenset[int] = frozenset()
 
@@ -132,7 +134,7 @@ def assemble_engine(
     threads: int = 1,
 ) -> tuple[Engine, EngineInfo]:
     """An engine around a base that is in memory already."""
-    max_model_len = _max_model_len(spec, base)
+    max_model_len, graph_rank = _max_model_len(spec, base), _graph_rank(spec, base)
     check_length(base.config, max_model_len)
     freeze_rope(base.model, max_model_len)
     # The proof's two sequences must fit the cache side by side; the smallest cache holds one full sequence.
@@ -150,6 +152,7 @@ def assemble_engine(
         place_bytes=_place_bytes(spec, base),
         adapter_cache_bytes=spec.adapter_cache_bytes,
         merge=spec.merge,
+        graph_rank=graph_rank,
         eviction=spec.eviction,
         eos_token_ids=_ends_within(base.eos_token_ids | spec.extra_eos_token_ids, base.vocab_size),
     )
@@ -158,6 +161,7 @@ def assemble_engine(
     warm_up = getattr(runner.ops, "warm_up", None)
     if warm_up is not None:
         warm_up(base.dtype)
+    _capture_graphs(runner)
     proof = prove(runner, reference)
     stream = CudaCopyStream(base.device) if base.device.type == "cuda" else None
     engine = Engine(runner, make_reader(base, allocate), wake, stream=stream)
@@ -248,6 +252,28 @@ def _withheld(spec: EngineSpec, device: torch.device) -> int:
         return 0
     share = spec.gpu_memory_utilization or DEFAULT_GPU_MEMORY_UTILIZATION
     return round((1 - share) * total_memory(device))
+
+
+def _graph_rank(spec: EngineSpec, base: BaseModel) -> int | None:
+    if not spec.graphs:
+        return None
+    if base.device.type != "cuda":
+        raise StartupError(f"CUDA graphs were asked for, and the device is {base.device}. Start without them.")
+    if any(shape.kind == "experts" for shape in base.targets.values()):
+        raise StartupError(
+            f"CUDA graphs were asked for, and '{base.config.model_type}' is a mixture of experts: it sorts its rows on "
+            "the host, which no graph can hold. Start without them."
+        )
+    return spec.max_lora_rank
+
+
+def _capture_graphs(runner: ModelRunner) -> None:
+    try:
+        runner.capture_graphs()
+    except RuntimeError as error:
+        raise StartupError(
+            f"No CUDA graph of '{runner.base.config.model_type}' can be captured: {error}. Start without them."
+        ) from error
 
 
 def _ends_within(token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:

@@ -19,6 +19,8 @@ class EngineConfig:
     max_concurrent_loads    disk reads under way at once
     max_concurrent_copies   adapters on their way from RAM to the device at once, where that has its own memory
     merge                   "off", "manual" or "auto": may steps that are one adapter's own run on merged weights
+    graph_rank              steps of decoding alone, with adapters of at most this rank, are captured as CUDA graphs;
+                            None: no step is
     fairness_quantum        steps a blocked adapter waits, and a running one keeps its place, before the place turns
     eos_token_ids           union of config, generation_config and tokenizer
     """
@@ -36,6 +38,7 @@ class EngineConfig:
     max_concurrent_loads: int = 2
     max_concurrent_copies: int = 4
     merge: str = "off"
+    graph_rank: int | None = None
     fairness_quantum: int = 32
     eos_token_ids: frozenset[int] = frozenset()
 

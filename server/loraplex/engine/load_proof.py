@@ -119,7 +119,8 @@ def _run(
                 entries.append(ScheduledSequence(seq, num_new_tokens, ()))
                 order.append(i)
         logits, paged, spans = runner.logits(ScheduledBatch(step, tuple(entries), ()))
-        called |= paged.called
+        if paged is not None:
+            called |= paged.called
         for i, entry, span in zip(order, entries, spans, strict=True):
             rows[i].append(logits[span.start : span.end].clone())
             entry.seq.num_computed_tokens += entry.num_new_tokens

@@ -12,6 +12,7 @@ from loraplex.engine.kept_logits import KeptLogits
 from loraplex.engine.messages import Failure, TokenLogprobs
 from loraplex.engine.sampler import Sampler, rate, read_logprobs
 from loraplex.engine.scheduled_batch import RowResult, ScheduledBatch, ScheduledSequence
+from loraplex.engine.step_graphs import Capture, CudaCapture, StepGraphs, capacity_for
 from loraplex.lora.weights import ModuleShape
 from loraplex.model.attention import KVCache, LayerGeometry, PagedStep
 from loraplex.model.devices import fetch, send
@@ -38,7 +39,9 @@ class ModelRunner:
         geometry: Mapping[int, LayerGeometry],
         config: EngineConfig,
         ops: Ops | None = None,
+        capture: Capture | None = None,
     ):
+        """`capture`: how a step is captured, where `config.graph_rank` asks for it; None: as a CUDA graph."""
         self.base = base
         self.config = config
         self.ops = ops if ops is not None else select_ops(base.device)
@@ -54,6 +57,9 @@ class ModelRunner:
         self._context = StepContext()
         wrap_modules(base.model, base.targets, self.pool.modules, self.pool.extras, self._context, self.ops)
         self._buffers = BatchBuffers(config, base.device)
+        self._graphs: StepGraphs | None = None
+        if config.graph_rank is not None:
+            self._graphs = StepGraphs(self._whole_logits, capture or CudaCapture(), config.max_num_seqs)
         self._sampler = Sampler(config.eos_token_ids, self.ops)
         self.kept_logits = KeptLogits()
 
@@ -73,13 +79,37 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> list[RowResult]:
         """One step: adapters into their places, one forward pass for all rows, sampling. One result per entry."""
+        self._load(batch)
+        logits, _, rows = self._compute(batch, self.merged_for(batch))
+        return self._results(batch, rows, logits)
+
+    def _load(self, batch: ScheduledBatch) -> None:
         for place, weights in batch.adapter_loads:
             # kernels see addresses only
             assert weights.slab.dtype == self.base.dtype, f"{weights.digest} is {weights.slab.dtype}"
             self.pool.load(place, weights)
-        forward = self._buffers.build(batch, self.pool)
-        logits, _ = self.forward(forward, self.merged_for(batch))
-        return self._results(batch, forward.rows, logits)
+
+    def _compute(
+        self, batch: ScheduledBatch, merged: str | None
+    ) -> tuple[Tensor, PagedStep | None, tuple[LogitRows, ...]]:
+        """The forward pass: as a graph where one takes the step (there is no step to look at then), else in eager
+        mode."""
+        capacity = None
+        if self._graphs is not None and merged is None:
+            capacity = capacity_for(batch, self.pool, self.config)
+        forward = self._buffers.build(batch, self.pool, capacity)
+        if self._graphs is None or capacity is None:
+            return *self.forward(forward, merged), forward.rows
+        return self._graphs.run(capacity, forward)[: len(batch.entries)], None, forward.rows
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Every graph that `config.graph_rank` asks for, before the first request."""
+        if self._graphs is not None:
+            self._graphs.capture_all(self._buffers, self.pool, self.config)
+
+    def _whole_logits(self, batch: ForwardBatch) -> Tensor:
+        return self.forward(batch)[0]
 
     def merged_for(self, batch: ScheduledBatch) -> str | None:
         """The adapter whose merged weights `execute` runs the step on; None: on the base's."""
@@ -101,15 +131,11 @@ class ModelRunner:
         return output.logits[0, : batch.num_logit_rows].float(), step
 
     @torch.inference_mode()
-    def logits(self, batch: ScheduledBatch) -> tuple[Tensor, PagedStep, tuple[LogitRows, ...]]:
-        """The forward pass of a step without sampling, for proofs and tests."""
-        for place, weights in batch.adapter_loads:
-            # kernels see addresses only
-            assert weights.slab.dtype == self.base.dtype, f"{weights.digest} is {weights.slab.dtype}"
-            self.pool.load(place, weights)
-        forward = self._buffers.build(batch, self.pool)
-        logits, step = self.forward(forward)
-        return logits, step, forward.rows
+    def logits(self, batch: ScheduledBatch) -> tuple[Tensor, PagedStep | None, tuple[LogitRows, ...]]:
+        """The forward pass of a step without sampling, for proofs and tests; never on merged weights. No PagedStep of
+        one that ran as a graph."""
+        self._load(batch)
+        return self._compute(batch, None)
 
     def _results(self, batch: ScheduledBatch, rows: tuple[LogitRows, ...], logits: Tensor) -> list[RowResult]:
         sampled = [
