@@ -31,6 +31,17 @@ def test_an_unknown_adapter_gets_the_nearest_names(client):
     assert_error(post(client, model="base@1"), 404, "model_not_found", "no versions")
 
 
+@pytest.mark.parametrize("number", [True, "1", 1.0, 0])
+def test_numbers_of_versions_and_revisions_are_integers(client, number):
+    for path, field in (("/v1/adapters/red/rollback", "version"), ("/v1/routes/none/rollback", "revision")):
+        assert_error(client.post(path, json={field: number}), 400, "invalid_request", field, param=field)
+
+
+def test_a_body_that_is_no_object_is_called_the_body(client):
+    error = assert_error(raw(client, "[1]", "/v1/adapters/red/rollback"), 400, "invalid_request")
+    assert error["message"].startswith("the body: ")
+
+
 @pytest.mark.parametrize("model", ["../etc/passwd", "", "a b", "x" * 65, "ünï", "red@0", "red@x", "red@1@2"])
 def test_bad_names(client, model):
     assert_error(post(client, model=model), 400, "invalid_name", param=None)

@@ -145,7 +145,7 @@ class RollbackRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int | None = Field(None, ge=1, lt=2**31)
+    version: int | None = Field(None, ge=1, lt=2**31, strict=True)
 
 
 @router.post("/{name}/rollback")

@@ -98,7 +98,7 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
         return JSONResponse(error_body(400, message, "invalid_json"), 400)
     problems = []
     for problem in found[:_MAX_DETAILS]:
-        where = ".".join(str(part)[:64] for part in problem["loc"][1:4])
+        where = ".".join(str(part)[:64] for part in problem["loc"][1:4]) or "the body"
         problems.append(f"{where}: {problem['msg']}"[:_MAX_DETAIL_CHARS])
     param = str(place[0])[:64] if place else None
     return JSONResponse(error_body(400, "; ".join(problems), "invalid_request", param), 400)

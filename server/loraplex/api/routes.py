@@ -115,7 +115,7 @@ class RouteRollbackRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    revision: int | None = Field(None, ge=1, lt=2**31)
+    revision: int | None = Field(None, ge=1, lt=2**31, strict=True)
 
 
 @router.post("/{alias}/rollback")
