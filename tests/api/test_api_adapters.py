@@ -222,7 +222,7 @@ def test_adapters_of_another_base_are_not_served(make_settings, base_folder, ada
         assert (detail["id"], detail["state"], detail["current"]) == ("green@1", "incompatible", None)
         assert_error(server.client.delete("/v1/adapters/green"), 404, "adapter_incompatible", "another base model")
         reply = server.client.post("/v1/completions", json={"model": "green", "prompt": "a"})
-        assert_error(reply, 404, "adapter_incompatible", "another base model", "Push it again")
+        assert_error(reply, 404, "adapter_incompatible", "another base model", "Push the adapter again")
         assert push(server.client, "green", adapter_folders["green"]).json()["id"] == "green@2"
         assert text_of(server.client, model="green", max_tokens=2) is not None
         detail = server.client.get("/v1/adapters/green").json()

@@ -77,6 +77,8 @@ def test_the_last_pin_leaves_room_for_the_largest_other(make_settings, tmp_path:
     with LiveServer(make_settings(tmp_path, adapter_cache_bytes=nbytes + nbytes // 2, proof="off")) as server:
         error = assert_error(server.client.post("/v1/adapters/red/pin"), 507, "insufficient_memory", "would leave")
         assert str(nbytes) in error["message"], "what the largest of the others needs"
+        assert "pinned" not in error["message"], "nothing else is"
+        assert "Start the server with --adapter-cache-bytes" in error["message"]
         assert server.client.get("/v1/tiers").json()["ram"]["pinned"] == 0
         use(server.client, "blue")
         server.check_at_rest()

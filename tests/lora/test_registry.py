@@ -247,20 +247,20 @@ def test_deletion_goes_back_to_what_the_name_meant(registry: Registry):
 
 def test_versions_of_another_base(registry: Registry, open_registry: Open):
     push(registry, "sql", A)
-    push(registry, "own", B)
+    push(registry, "own", B, C)
     other = open_registry("other")
     assert [(version.model_id, version.state) for version in other.list()] == [
-        ("own@1", "incompatible"),
+        ("own@2", "incompatible"),
         ("sql@1", "incompatible"),
     ]
     for act in (other.get, lambda name: other.rollback(name, who="me"), lambda name: other.delete(name, who="me")):
-        with pytest.raises(ModelNotFound, match="another base model") as refused:
-            act("sql")
+        with pytest.raises(ModelNotFound, match="'own@1', 'own@2' were checked on another base model") as refused:
+            act("own")
         assert refused.value.code == "adapter_incompatible"
     with pytest.raises(ModelNotFound, match="'sql@1' was checked on another base"):
         other.get("sql", 1)
     assert other.look("sql").state == other.look("sql", 1).state == "incompatible"
-    assert other.live_digests() == {A, B}, "the sweep keeps them"
+    assert other.live_digests() == {A, B, C}, "the sweep keeps them"
 
 
 def test_a_name_means_another_version_on_each_base(registry: Registry, open_registry: Open):

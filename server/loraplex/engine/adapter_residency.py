@@ -148,11 +148,13 @@ class AdapterResidency:
             pinned, budget = self.pinned_bytes, int(self._cache.maxsize)
             left = budget - pinned - job.use.nbytes
             if left < job.room:
+                beside = f" beside {pinned} pinned ones" if pinned else ""
+                start = "Unpin another, or start" if pinned else "Start"
                 return Failure(
                     "insufficient_memory",
-                    f"Pinning {job.use.nbytes} bytes beside {pinned} pinned ones would leave {max(0, left)} of the "
+                    f"Pinning {job.use.nbytes} bytes{beside} would leave {max(0, left)} of the "
                     f"{budget} bytes of RAM for adapters, and the largest of the others needs {job.room}: it could not "
-                    "be served any more. Unpin another, or start the server with --adapter-cache-bytes "
+                    f"be served any more. {start} the server with --adapter-cache-bytes "
                     f"{pinned + job.use.nbytes + job.room} or more.",
                 )
         if job.use.digest not in self._cache and not self._cache.can_ever_hold([job.use]):

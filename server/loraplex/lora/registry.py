@@ -36,6 +36,7 @@ from loraplex.routing.names import ModelRef, validate_name
 _MAX_SOURCE_CHARS = 1024
 _BY_PRECEDENCE = (versions.c.precedence.desc(), versions.c.version.desc())
 _IS_READY = versions.c.state == READY
+_LISTING = "'loraplex ls' and GET /v1/models list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,19 +436,20 @@ class Registry:
         foreign = [one.model_id for one in found if one.state == INCOMPATIBLE]
         numbers = [str(one.version) for one in found]
         if foreign and (len(foreign) == len(found) if version is None else f"{name}@{version}" in foreign):
-            which = ", ".join(foreign[-10:]) if version is None else f"{name}@{version}"
+            which = foreign[-10:] if version is None else [f"{name}@{version}"]
+            were = "was" if len(which) == 1 else "were"
             return ModelNotFound(
-                f"{which!r} was checked on another base model than the one served now, so it is not served. Push it "
-                "again to have it checked on this one, or delete it by name and version.",
+                f"{', '.join(map(repr, which))} {were} checked on another base model than the one served now, and so "
+                "not served. Push the adapter again to have it checked on this one, or delete it by name and version.",
                 param="model",
                 code="adapter_incompatible",
             )
         if numbers and version is not None:
             message = f"The adapter {name!r} has no version {version}. Its versions are {', '.join(numbers[-10:])}."
         elif self._was_ever(connection, name):
-            message = f"The adapter {name!r} was deleted. Push it again, or choose another; GET /v1/models lists them."
+            message = f"The adapter {name!r} was deleted. Push it again, or choose another; {_LISTING} them."
         else:
-            message = f"There is no adapter {name[:64]!r}. GET /v1/models lists those there are."
+            message = f"There is no adapter {name[:64]!r}. {_LISTING} those there are."
         return ModelNotFound(message, param="model")
 
 

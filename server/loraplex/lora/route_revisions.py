@@ -229,7 +229,9 @@ def _expect(alias: str, current: RouteRevision | None, expected: int | None) -> 
 
 
 def _not_found(alias: str) -> ModelNotFound:
-    return ModelNotFound(f"There is no route {alias[:64]!r}. GET /v1/routes lists those there are.")
+    return ModelNotFound(
+        f"There is no route {alias[:64]!r}. 'loraplex route show' and GET /v1/routes list those there are."
+    )
 
 
 def _last(connection: Connection, alias: str) -> RouteRevision | None:

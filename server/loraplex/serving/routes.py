@@ -416,7 +416,9 @@ class Routes:
 
     def _existing(self, alias: str, document: Document | None) -> Document:
         if document is None:
-            raise ModelNotFound(f"There is no route {alias[:64]!r}. GET /v1/routes lists those there are.")
+            raise ModelNotFound(
+                f"There is no route {alias[:64]!r}. 'loraplex route show' and GET /v1/routes list those there are."
+            )
         return document
 
     def _check_versions(self, route: Route) -> None:

@@ -64,7 +64,7 @@ class Tiers:
         if not wanted:
             await asyncio.to_thread(registry.look, name, version)
             which = Pin(name, version).model
-            hint = f" {name!r} itself is; unpin that." if known else " GET /v1/tiers lists what is."
+            hint = f" {name!r} itself is; unpin that." if known else " 'loraplex tiers' and GET /v1/tiers list what is."
             raise InvalidRequest(f"{which!r} is not pinned.{hint}")
         await asyncio.to_thread(registry.pins.remove, wanted, who=who)
         await self._keep_pins()
