@@ -48,8 +48,9 @@ def test_what_would_be_refused(inside, tmp_path: Path):  # noqa: F811
     assert_refused(inside("check", folder, "--base", BASE), "rank 5", "rank_pattern")
     upper = ROOT / "adapters" / "upper"
     assert_refused(inside("check", upper, "--base", BASE, "--max-lora-rank", 2), "limit is 2", "--max-lora-rank 4")
-    assert_refused(inside("check", upper, "--base", tmp_path), "is not a model folder")
+    assert_refused(inside("check", upper, "--base", tmp_path), "is not a model folder", code=2)
     assert_refused(inside("check", tmp_path, "--base", BASE), "not a PEFT adapter")
+    assert inside("check", tmp_path / "nowhere", "--base", BASE).returncode == 2
     (folder / "adapter_config.json").write_text(json.dumps(config))
     (folder / "serving_profile.json").write_text('{"temperature": "cold"}')
     assert_refused(inside("check", folder, "--base", BASE), "serving_profile.json")

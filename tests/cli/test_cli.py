@@ -66,9 +66,9 @@ def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     structlog.reset_defaults()
 
 
-def assert_refused(done: Done | subprocess.CompletedProcess[str], *texts: str) -> None:
-    """Exit code 2 and one line on stderr that helps."""
-    assert done.returncode == 2, (done.stdout, done.stderr)
+def assert_refused(done: Done | subprocess.CompletedProcess[str], *texts: str, code: int = 4) -> None:
+    """That exit code, and one line on stderr that helps."""
+    assert done.returncode == code, (done.stdout, done.stderr)
     assert done.stdout == ""
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error ")
@@ -133,6 +133,25 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         assert "Traceback" not in server.log.read_text()
 
 
+@contextmanager
+def answering(*parts: bytes) -> Iterator[str]:
+    """The URL of something that takes one connection and gives these answers on it: status line, body, and so on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                for status, body in zip(parts[::2], parts[1::2], strict=True):
+                    connection.recv(65536)
+                    connection.sendall(status + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join(10)
+        assert not thread.is_alive(), "not all of it was asked for, or not on one connection"
+
+
 # -- against a server -----------------------------------------------------------------------------------------
 
 
@@ -150,8 +169,7 @@ def test_push_ls_rm(served: Served):
     table = run("ls", env=env).stdout
     assert all(word in table for word in ("mine", "tier", "upload"))
     assert run("rm", "mine@1", env=env).stdout == "deleted mine@1\n"
-    gone = run("rm", "mine", "--json", env=env)
-    assert_refused(gone, "'mine' was deleted")
+    assert_refused(run("rm", "mine", env=env), "'mine' was deleted", "loraplex ls")
 
 
 def test_the_same_inside(served: Served, inside):
@@ -163,6 +181,19 @@ def test_the_same_inside(served: Served, inside):
     assert json.loads(inside("rm", "here", "--json", **env).stdout)["deleted"] == ["here@1"]
     inside("push", upper, "--name", "here", **env)
     assert inside("rm", "here", **env).stdout == "deleted here@2\n"
+
+
+def test_what_is_no_terminal_gets_whole_names_and_no_empty_lines(served: Served, inside, tmp_path):
+    name = "n" * 64
+    env = {"LORAPLEX_URL": served.url, "COLUMNS": "80"}
+    pushed = inside("push", ROOT / "adapters" / "upper", "--name", name, **env)
+    assert (pushed.returncode, pushed.stderr) == (0, "")
+    assert name in inside("ls", **env).stdout
+    assert f"{name}@1" in inside("tiers", **env).stdout
+    assert inside("pull", name, tmp_path / "pulled", **env).stderr == ""
+    assert inside("rm", name, **env).stdout == f"deleted {name}@1\n"
+    quiet = inside("resize", ROOT / "adapters" / "upper", "--rank", 1, "--out", tmp_path / "small", **env)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
 
 
 def test_push_says_what_it_sent_along(served: Served, tmp_path, inside):
@@ -197,7 +228,7 @@ def test_what_the_server_refuses(served: Served, tmp_path, inside):
     upper = ROOT / "adapters" / "upper"
     assert_refused(inside("push", upper, "--name", "demo-base", **env), "base model")
     assert_refused(inside("push", upper, "--name", "[/red] a b", **env), "'[/red] a b' is not a valid name")
-    assert_refused(inside("push", tmp_path, **env), "adapter_config.json does not exist")
+    assert_refused(inside("push", tmp_path, **env), "adapter_config.json does not exist", code=2)
     assert_refused(inside("rm", "../../x?y", **env), "")
     spoilt = tmp_path / "spoilt"
     spoilt.mkdir()
@@ -207,29 +238,49 @@ def test_what_the_server_refuses(served: Served, tmp_path, inside):
 
 
 def test_no_server(inside):
-    assert_refused(inside("ls", LORAPLEX_URL="http://127.0.0.1:1"), "No server answers", "LORAPLEX_URL")
-    assert_refused(inside("ls", LORAPLEX_URL="nonsense"), "LORAPLEX_URL")
+    assert_refused(inside("ls", LORAPLEX_URL="http://127.0.0.1:1"), "No server answers", "LORAPLEX_URL", code=3)
+    without = inside("ls", LORAPLEX_URL="127.0.0.1:18100")
+    assert_refused(without, "LORAPLEX_URL", "as http://127.0.0.1:18100.", code=2)
+    assert_refused(inside("ls", LORAPLEX_URL="ftp://here"), "begin with http:// or https://.", code=2)
+    assert_refused(inside("ls", LORAPLEX_URL="http://127.0.0.1:x"), "no address", code=2)
+
+
+def test_errors_as_json(served: Served, inside):
+    """One line on stdout, nothing on stderr, whoever finds the error."""
+
+    def error_of(code: int, *arguments: object, url: str = served.url) -> dict:
+        done = inside(*arguments, "--json", LORAPLEX_URL=url)
+        assert (done.returncode, done.stderr) == (code, "")
+        return json.loads(done.stdout)["error"]
+
+    refused = error_of(4, "rm", "nobody")
+    assert (refused["code"], refused["status"], refused["param"]) == ("model_not_found", 404, "model")
+    assert "'nobody'" in refused["message"]
+    nobody = error_of(3, "ls", url="http://127.0.0.1:1")
+    assert (nobody["code"], nobody["status"]) == ("no_server", None)
+    assert error_of(2, "rollback", "sql@2")["code"] == "usage"
+    assert "--nonsense" in error_of(2, "ls", "--nonsense")["message"]
+    with answering(b"HTTP/1.1 503 Draining", b'{"error": {"message": "later", "code": "draining"}}') as url:
+        assert error_of(5, "ls", url=url)["status"] == 503
+
+
+def test_a_list_of_several_pages(inside):
+    """All of them, whatever the server gives at once; over one connection."""
+    pages = [{"data": [{"id": n} for n in part], "offset": part[0], "total": 5} for part in ([0, 1], [2, 3], [4])]
+    parts = [part for page in pages for part in (b"HTTP/1.1 200 OK", json.dumps(page).encode())]
+    with answering(*parts) as url:
+        listed = json.loads(inside("ls", "--json", LORAPLEX_URL=url).stdout)
+    assert [row["id"] for row in listed["data"]] == [0, 1, 2, 3, 4]
+    assert listed["total"] == 5
 
 
 def test_an_answer_that_is_no_servers(inside):
     """LORAPLEX_URL may point at anything."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def answer() -> None:
-            for body in (b"<html>", b"[1]", b'{"detail": "no"}'):
-                connection, _ = listener.accept()
-                with connection:
-                    connection.recv(65536)
-                    head = b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
-                    connection.sendall(head + body)
-
-        thread = threading.Thread(target=answer, daemon=True)
-        thread.start()
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        assert_refused(inside("ls", LORAPLEX_URL=url), "404", "no JSON")
-        assert_refused(inside("ls", LORAPLEX_URL=url), "404", "[1]")
-        assert_refused(inside("rm", "x", LORAPLEX_URL=url), "404", "detail")
-        thread.join()
+    for body, texts in ((b"<html>", ("404", "no JSON")), (b"[1]", ("404", "[1]")), (b'{"detail": "no"}', ("detail",))):
+        with answering(b"HTTP/1.1 404 Not Found", body) as url:
+            assert_refused(inside("ls", LORAPLEX_URL=url), *texts)
+    with answering(b"HTTP/1.1 200 OK", b"<html>") as url:
+        assert_refused(inside("ls", LORAPLEX_URL=url), "no JSON", code=3)
 
 
 def test_rollback_and_history(served: Served, inside):
@@ -242,7 +293,7 @@ def test_rollback_and_history(served: Served, inside):
     assert inside("rollback", "draft", **env).stdout == "draft means draft@1 now, before draft@2\n"
     assert inside("rollback", "draft", "--to", 1, **env).stdout == "draft means draft@1 already\n"
     assert_refused(inside("rollback", "draft", **env), "nothing to roll back to")
-    assert_refused(inside("rollback", "draft@1", **env), "Roll back a name")
+    assert_refused(inside("rollback", "draft@1", **env), "Roll back a name", "draft --to 1", code=2)
     again = inside("push", reverse, "--name", "draft", **env).stdout
     assert "no new version: these very files are there" in again
     assert "draft meant draft@1 before" in again
@@ -275,7 +326,7 @@ def test_rollback_and_history(served: Served, inside):
     ],
 )
 def test_what_serve_refuses(arguments, texts, tmp_path, inside):
-    assert_refused(inside(*arguments, LORAPLEX_DATA_DIR=str(tmp_path / "d")), *texts)
+    assert_refused(inside(*arguments, LORAPLEX_DATA_DIR=str(tmp_path / "d")), *texts, code=2)
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

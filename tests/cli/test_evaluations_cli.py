@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from loraplex.cli import adapters, evaluations, routes
-from loraplex.cli.client import ServerRefused
+from loraplex.cli.failures import UsageError
 
 URL = "/v1/routes/prod/evaluation"
 FAILURE = {"line": 7, "name": None, "check": "exact", "prompt": "[a]", "answer": "b" * 300, "why": "it is another text"}
@@ -113,7 +113,7 @@ def test_put_and_show(answers: Answers, tmp_path: Path):
     assert run("rm", "prod") == "deleted the evaluation set of prod\n"
     assert [one[:2] for one in answers.sent] == [("PUT", URL), ("GET", URL), ("GET", f"{URL}/lines"), ("DELETE", URL)]
     assert answers.sent[0][2] == b"{}\n"
-    with pytest.raises(ServerRefused, match="cannot be read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         run("put", "prod", str(tmp_path / "none"))
 
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loraplex.cli import routes
-from loraplex.cli.client import ServerRefused
+from loraplex.cli.failures import UsageError
 
 REPLY = {
     "alias": "prod",
@@ -91,7 +91,7 @@ def test_a_route_from_a_file(sent, tmp_path):
     assert json.loads(run("set", "prod", "--file", str(file), "--json"))["alias"] == "prod"
     assert sent[0][2] == {"json": {"targets": ["a"]}}
     for wrong in (["set", "prod"], ["set", "prod", "a", "--file", str(file)], ["set", "prod", "a=x"]):
-        with pytest.raises(ServerRefused):
+        with pytest.raises(UsageError):
             run(*wrong)
 
 
@@ -108,7 +108,7 @@ def test_the_other_verbs(sent):
         ("POST", "/v1/routes/prod/rollback", {"revision": 2}),
         ("DELETE", "/v1/routes/prod", None),
     ]
-    with pytest.raises(ServerRefused, match="per cents"):
+    with pytest.raises(UsageError, match="per cents"):
         run("ramp", "prod", "sql@4", "--steps", "a,b")
 
 

@@ -32,7 +32,7 @@ def test_what_was_exported_is_the_same_elsewhere(draft, inside, tmp_path, kind: 
     assert exported["current"] == first["version"]
     assert len(exported["versions"]) == 2
     assert [path.name for path in tmp_path.iterdir()] == [kind], "nothing temporary is left"
-    assert_refused(inside("export", out, **env), "is there already")
+    assert_refused(inside("export", out, **env), "is there already", code=2)
     with serving(tmp_path / "data", forks.start) as other:
         there = {"LORAPLEX_URL": other.url}
         rows = json.loads(inside("import", out, "--json", **there).stdout)["data"]
@@ -70,16 +70,51 @@ def test_a_tree_is_exported_and_imported(served: Served, inside, tmp_path, forks
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["adapters"] = [one for one in manifest["adapters"] if one["name"] == "a-leaf"]
     (out / "manifest.json").write_text(json.dumps(manifest))
-    assert_refused(inside("import", out, **env), "lacks what these stand on: a-leaf@1")
+    orphaned = inside("import", out, "--json", **env)
+    assert (orphaned.returncode, json.loads(orphaned.stdout)["data"]) == (1, [])
+    assert orphaned.stderr.startswith("left out a-leaf@1: It stands on z-root@1, ")
     for name in ("a-leaf", "z-root"):
         inside("rm", name, **env)
 
 
+def test_a_damaged_version_is_left_out(draft, served: Served, inside, tmp_path, forks: Forks):  # noqa: F811
+    """One that another stands on, and that its name means; a demo adapter has the same files."""
+    env, first = draft
+    newer = inside("pull", "draft", "--version", first["version"] + 1, tmp_path / "newer", "--json", **env)
+    inside("push", UPPER, "--name", "leaf", "--parent", first["id"], **env)
+    weights = served.log.parent / "d" / "blobs" / first["digest"] / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        out = tmp_path / "out"
+        exported = inside("export", out, "--json", **env)
+        assert exported.returncode == 1
+        left, reverse = json.loads(exported.stdout)["left_out"]
+        assert (left["id"], reverse["id"]) == (first["id"], "reverse@1")
+        assert (left["error"]["code"], left["error"]["status"]) == ("adapter_load_failed", 500)
+        assert exported.stderr.splitlines()[0] == f"left out {first['id']}: {left['error']['message']}"
+        assert not (out / first["id"]).exists()
+        refused = inside("pull", "draft", tmp_path / "x", **env)
+        assert_refused(refused, "the disk has changed them", code=5)
+        with serving(tmp_path / "data", forks.start) as other:
+            done = inside("import", out, "--json", LORAPLEX_URL=other.url)
+        assert done.returncode == 1
+        imported = json.loads(done.stdout)
+        assert {json.loads(newer.stdout)["id"], "upper@1"} <= {row["from"] for row in imported["data"]}
+        assert [row["id"] for row in imported["left_out"]] == ["leaf@1", "draft"]
+        leaf, name = done.stderr.splitlines()
+        assert leaf.startswith(f"left out leaf@1: It stands on {first['id']}, ")
+        assert name.startswith(f"left out draft: It meant {first['id']}, ")
+    finally:
+        weights.write_bytes(whole)
+        inside("rm", "leaf", LORAPLEX_URL=served.url)
+
+
 def test_an_import_of_something_else(served: Served, inside, tmp_path):  # noqa: F811
     env = {"LORAPLEX_URL": served.url}
-    assert_refused(inside("import", tmp_path, **env), "manifest.json")
+    assert_refused(inside("import", tmp_path, **env), "manifest.json", code=2)
     (tmp_path / "x.tar").write_bytes(b"no tar")
-    assert_refused(inside("import", tmp_path / "x.tar", **env), "cannot be read as an export")
+    assert_refused(inside("import", tmp_path / "x.tar", **env), "cannot be read as an export", code=2)
     outside = tmp_path / "victim"
     with tarfile.open(tmp_path / "bad.tar", "w") as archive:
         for name in ("../victim", "draft@1/../../victim", "draft@1/evil.sh", "/victim"):
@@ -87,12 +122,12 @@ def test_an_import_of_something_else(served: Served, inside, tmp_path):  # noqa:
         link = tarfile.TarInfo("manifest.json")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    assert_refused(inside("import", tmp_path / "bad.tar", **env), "manifest.json")
+    assert_refused(inside("import", tmp_path / "bad.tar", **env), "manifest.json", code=2)
     assert not outside.exists()
     (tmp_path / "e").mkdir()
     manifest = {"format": 1, "adapters": [{"name": "x", "current": 1, "versions": [{"version": 1, "folder": "../e"}]}]}
     (tmp_path / "e" / "manifest.json").write_text(json.dumps(manifest))
-    assert_refused(inside("import", tmp_path / "e", **env), "another format")
+    assert_refused(inside("import", tmp_path / "e", **env), "another format", code=2)
     shutil.rmtree(tmp_path / "e")
 
 
@@ -105,7 +140,7 @@ def test_tiers(served: Served, inside):  # noqa: F811
     assert "json@1" in table
     assert json.loads(inside("tiers", "--json", **env).stdout)["ram"]["pinned"] == 1
     assert inside("unpin", "json", **env).stdout == "unpinned json\n"
-    assert_refused(inside("unpin", "json", **env), "is not pinned")
+    assert_refused(inside("unpin", "json", **env), "is not pinned", "loraplex tiers")
     assert json.loads(inside("pin", "json@1", "--json", **env).stdout)["pinned"]
     assert json.loads(inside("unpin", "json@1", "--json", **env).stdout)["unpinned"] == ["json@1"]
     assert_refused(inside("prefetch", "nobody", **env), "nobody")

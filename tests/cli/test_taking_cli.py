@@ -21,7 +21,8 @@ def test_pull(served: Served, inside, tmp_path):  # noqa: F811
     reply = json.loads(inside("pull", "draft", "--version", 1, tmp_path / "empty", "--json", **env).stdout)
     assert reply["id"] == "draft@1"
     assert (tmp_path / "empty" / FILES[1]).read_bytes() == (ROOT / "adapters" / "reverse" / FILES[1]).read_bytes()
-    assert_refused(inside("pull", "draft", out, **env), "is there already")
+    assert_refused(inside("pull", "draft", out, **env), "is there already", code=2)
+    assert_refused(inside("pull", "draft@1", tmp_path / "x", "--version", 1, **env), "'draft@1'", "--version", code=2)
     assert_refused(inside("pull", "nobody", tmp_path / "x", **env), "nobody")
     assert not (tmp_path / "x").exists()
     inside("rm", "draft", **env)
@@ -30,5 +31,5 @@ def test_pull(served: Served, inside, tmp_path):  # noqa: F811
 def test_a_pull_that_is_not_the_digest(served: Served, inside, tmp_path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
     monkeypatch.setattr("loraplex.cli.taking.adapter_digest", lambda *sums: "0" * 64)
     refused = inside("pull", "upper", tmp_path / "x", LORAPLEX_URL=served.url)
-    assert_refused(refused, "its digest differs")
+    assert_refused(refused, "its digest differs", code=1)
     assert not list(tmp_path.glob("*x*"))

@@ -54,18 +54,20 @@ class OwnServer:
         self._stop()
 
     def _wait_until_ready(self) -> str:
-        """The URL. Raises BenchFailed with the log's end when the server does not come up."""
+        """The URL. Raises BenchFailed with what it said last when the server does not come up."""
         assert self._process.stdout is not None
         timer = threading.Timer(START_SECONDS, self._process.kill)
         timer.start()
+        said = ""
         try:
             for line in self._process.stdout:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     return json.loads(line)["API"].removesuffix("/v1")
+                said += line
         finally:
             timer.cancel()
         self._process.wait()
-        said = self._log.read_text(encoding="utf-8", errors="replace").strip()[-600:]
+        said = (self._log.read_text(encoding="utf-8", errors="replace") + said).strip()[-600:]
         raise BenchFailed(f"The benchmark's own server did not start (exit code {self._process.returncode}): {said}")
 
     def _stop(self) -> None:

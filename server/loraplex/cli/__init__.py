@@ -1,14 +1,14 @@
 """The command line. The only place that prints. Heavy imports happen inside the commands, after `prepare_process`."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from loraplex import __version__
 from loraplex.cli import adapters, arithmetic, bench, check, compare, demo, routes, serve, store, taking, tiers
+from loraplex.cli.client import connected
+from loraplex.cli.failures import FAILED, UsageError, exit_code_of, tell
 from loraplex.errors import LoraplexError
 
 # No markup in help texts: it would swallow "[default: 8000]".
@@ -36,6 +36,9 @@ app.command("extract")(arithmetic.extract)
 app.add_typer(routes.app, name="route")
 app.add_typer(bench.app, name="bench")
 
+_ClickError: Any = typer.BadParameter.__base__
+"""UsageError of click, or of the copy of it that newer releases of typer bring and do not export."""
+
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
@@ -53,10 +56,19 @@ def loraplex(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 well, 1 failed, 2 wrong usage or settings."""
+    """Run the command line. `failures` has the exit codes."""
+    as_json = "--json" in sys.argv
     try:
-        app()
+        with connected():
+            sys.exit(app(standalone_mode=False))
     except LoraplexError as error:
-        # Text, not markup: a message may quote what the user typed.
-        Console(stderr=True).print(Text.assemble(("error ", "bold red"), error.message), soft_wrap=True)
-        sys.exit(2)
+        tell(error, as_json=as_json)
+        sys.exit(exit_code_of(error))
+    except _ClickError as error:
+        if as_json:
+            tell(UsageError(error.format_message()), as_json=True)
+        else:
+            error.show()
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(FAILED)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from loraplex.cli.client import Json, ServerRefused, path_of, print_json, request
+from loraplex.cli.client import listed, path_of, request
+from loraplex.cli.failures import UsageError
+from loraplex.cli.output import Json, console, print_json, progress
 from loraplex.lora.files import FILES, REQUIRED
 
 
@@ -23,17 +24,15 @@ def push(
     """Upload an adapter with its chat template, tokenizer and serving profile; it is usable when this returns."""
     for required in REQUIRED:
         if not (path / required.name).is_file():
-            raise ServerRefused(
-                f"{path / required.name} does not exist. Name a folder that PEFT's save_pretrained wrote."
-            )
+            raise UsageError(f"{path / required.name} does not exist. Name a folder that PEFT's save_pretrained wrote.")
     found = [file for file in FILES if (path / file.name).is_file()]
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with ExitStack() as stack:
-        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+        bar = stack.enter_context(progress(*columns))
         total = sum((path / file.name).stat().st_size for file in found)
-        task = progress.add_task(f"push {path.name}", total=total)
+        task = bar.add_task(f"push {path.name}", total=total)
         parts = {
-            file.part: (file.name, _Counted(stack.enter_context(open(path / file.name, "rb")), progress, task))
+            file.part: (file.name, _Counted(stack.enter_context(open(path / file.name, "rb")), bar, task))
             for file in found
         }
         data = {"name": name or path.resolve().name} | ({} if parent is None else {"parent": parent})
@@ -45,20 +44,20 @@ def push(
     if reply["previous"] not in (None, reply["id"]):
         news += f"  {reply['name']} meant {reply['previous']} before"
     facts = f"rank {reply['rank']}, {reply['num_modules']} modules, {reply['bytes']} bytes"
-    console = Console()
-    console.print(f"{reply['id']}  {facts}{news}", highlight=False, soft_wrap=True)
+    out = console()
+    out.print(f"{reply['id']}  {facts}{news}", highlight=False, soft_wrap=True)
     if reply["parent"]:
-        console.print(f"  the sum of {' + '.join(reply['path'])}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"  the sum of {' + '.join(reply['path'])}", highlight=False, markup=False, soft_wrap=True)
     sent = [file.name for file in found if file not in REQUIRED]
     if sent:
-        console.print(f"  sent with it: {', '.join(sent)}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"  sent with it: {', '.join(sent)}", highlight=False, markup=False, soft_wrap=True)
     for note in reply["notes"]:
-        console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def ls(json_output: Json = False) -> None:
     """List the adapters of the server."""
-    reply = request("GET", "/v1/adapters")
+    reply = listed("/v1/adapters")
     if json_output:
         print_json(reply)
         return
@@ -76,7 +75,7 @@ def ls(json_output: Json = False) -> None:
             row["state"],
         )
         table.add_row(*map(str, values))
-    Console().print(table)
+    console().print(table)
 
 
 def rm(name: Annotated[str, typer.Argument(help="name or name@version")], json_output: Json = False) -> None:
@@ -86,7 +85,7 @@ def rm(name: Annotated[str, typer.Argument(help="name or name@version")], json_o
         print_json(reply)
     else:
         meant = f"; {reply['name']} means {reply['current']} now" if reply["current"] else ""
-        Console().print(f"deleted {', '.join(reply['deleted'])}{meant}", highlight=False, soft_wrap=True)
+        console().print(f"deleted {', '.join(reply['deleted'])}{meant}", highlight=False, soft_wrap=True)
 
 
 def rollback(
@@ -95,14 +94,17 @@ def rollback(
     json_output: Json = False,
 ) -> None:
     """Make a name mean an earlier version again; running requests finish on theirs."""
+    meant, at, version = name.partition("@")
+    if at:
+        raise UsageError(f"Roll back a name, not {name!r}: loraplex rollback {meant} --to {version or 'N'}.")
     body = {} if to is None else {"version": to}
     reply = request("POST", path_of(name, "/rollback"), json=body)
     if json_output:
         print_json(reply)
     elif reply["previous"] == reply["id"]:
-        Console().print(f"{name} means {reply['id']} already", highlight=False, soft_wrap=True)
+        console().print(f"{name} means {reply['id']} already", highlight=False, soft_wrap=True)
     else:
-        Console().print(f"{name} means {reply['id']} now, before {reply['previous']}", highlight=False, soft_wrap=True)
+        console().print(f"{name} means {reply['id']} now, before {reply['previous']}", highlight=False, soft_wrap=True)
 
 
 def history(
@@ -121,7 +123,7 @@ def history(
         version = row["name"] if row["version"] is None else f"{row['name']}@{row['version']}"
         values = (row["at"], row["who"], row["action"], version, _meant(row.get("was")), _meant(row.get("now")))
         table.add_row(*map(escape, values))
-    Console().print(table)
+    console().print(table)
 
 
 def _meant(what: str | dict[str, Any] | None) -> str:

@@ -1,6 +1,5 @@
 """`loraplex merge`, `resize`, `bake`, `extract`: arithmetic on adapters and models in folders, without a server."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from loraplex.cli.output import Json, console, print_json, progress
 from loraplex.config import prepare_process
 from loraplex.errors import InvalidRequest
 from loraplex.lora.arithmetic.method import MajoritySign, Method
@@ -33,7 +33,6 @@ Energy = Annotated[
 ]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName, typer.Option("--dtype", help="Of the adapter written.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def merge(
@@ -111,19 +110,19 @@ def bake(
     ]
     if json_output:
         reply = {"out": str(out), "parameters": rows, "untied": result.is_untied, "files": list(result.copied)}
-        typer.echo(json.dumps({**reply, "from_adapter": list(result.brought), "notes": list(result.notes)}, indent=2))
+        print_json({**reply, "from_adapter": list(result.brought), "notes": list(result.notes)})
         return
     table = Table(Column("parameter", overflow="fold"), "change", "rounding")
     for name, members in group_by_layer(rows, lambda row: row["parameter"]):
         table.add_row(Text(name), _span(members, "change"), _span(members, "rounding"))
-    console = Console()
-    console.print(table)
+    shown = console()
+    shown.print(table)
     if result.is_untied:
         news = "The head no longer shares the embedding's weight: it has its own, and config.json says so."
-        console.print(news, soft_wrap=True)
+        shown.print(news, soft_wrap=True)
     if result.brought:
-        console.print(f"From the adapter: {', '.join(result.brought)}", markup=False)
-    _print_end(console, result.notes, f"{out}: change is that of the parameter, rounding its share of the change")
+        shown.print(f"From the adapter: {', '.join(result.brought)}", markup=False)
+    _print_end(shown, result.notes, f"{out}: change is that of the parameter, rounding its share of the change")
 
 
 def extract(
@@ -152,10 +151,10 @@ def extract(
     }
     _write(found.draft, out, ours, dtype, force, [tuned, base], json_output, others)
     if not json_output:
-        console = Console()
+        shown = console()
         for label, rows in (("saved whole", others["saved"]), ("differs, and NOT in the adapter", others["left"])):
             for name, members in group_by_layer(rows, lambda row: row["parameter"]):
-                console.print(f"{label}: {name}, changed by {_span(members, 'change')}", highlight=False, markup=False)
+                shown.print(f"{label}: {name}, changed by {_span(members, 'change')}", highlight=False, markup=False)
 
 
 def _weights(text: str | None, count: int) -> list[float]:
@@ -188,9 +187,9 @@ def _known_checkpoint(folder: Path) -> "Checkpoint":
 @contextmanager
 def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(verb, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with progress(*columns) as bar:
+        task = bar.add_task(verb, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _write(
@@ -216,23 +215,23 @@ def _write(
             for r in draft.results
         ]
         reply = {"out": str(out), "bytes": nbytes, "energy": draft.energy, "modules": rows, **facts}
-        typer.echo(json.dumps({**reply, "notes": list(draft.notes)}, indent=2))
+        print_json({**reply, "notes": list(draft.notes)})
         return
     table = Table(Column("modules", overflow="fold"), "rank", "before", "energy kept")
     for name, members in group_by_layer(draft.results, lambda one: one.name, lambda one: (one.rank, one.before)):
         least, most = min(one.energy for one in members), max(one.energy for one in members)
         kept = f"{least:.2%}" if f"{least:.2%}" == f"{most:.2%}" else f"{least:.2%} to {most:.2%}"
         table.add_row(Text(name), str(members[0].rank), str(members[0].before), kept)
-    console = Console()
-    console.print(table)
+    shown = console()
+    shown.print(table)
     modules = f"{len(draft.results)} modules, {nbytes} bytes, {draft.energy:.2%} of the energy kept"
-    _print_end(console, draft.notes, f"{out}: {modules}")
+    _print_end(shown, draft.notes, f"{out}: {modules}")
 
 
-def _print_end(console: Console, notes: Sequence[str], line: str) -> None:
+def _print_end(shown: Console, notes: Sequence[str], line: str) -> None:
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
+        shown.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    shown.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _span(rows: Sequence[dict[str, Any]], field: str) -> str:

@@ -4,17 +4,16 @@
 import asyncio
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from loraplex.cli.output import Json, console, print_json, progress
 from loraplex.config import ClientSettings, prepare_process
 from loraplex.errors import InvalidRequest
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from loraplex.bench.load import Outcome
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine and a server.")
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 INTERRUPTED = 130
 
 
@@ -66,19 +64,19 @@ def step(
         threads=threads,
         quantization=quantization,
     )
-    with _progress() as progress:
-        task = progress.add_task("limits of the machine", total=None)
+    with _progress() as bar:
+        task = bar.add_task("limits of the machine", total=None)
         measured = StepBench(settings)
-        progress.update(task, description="rounds", total=measured.num_rounds)
-        result = measured.run(lambda: progress.advance(task))
+        bar.update(task, description="rounds", total=measured.num_rounds)
+        result = measured.run(lambda: bar.advance(task))
     if json_output:
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
-    console = Console()
-    console.print(machine_text(result["machine"]), highlight=False, soft_wrap=True)
+    out = console()
+    out.print(machine_text(result["machine"]), highlight=False, soft_wrap=True)
     for table in step_tables(result):
-        console.print(table)
-    console.print(
+        out.print(table)
+    out.print(
         "  ".join(f"{name} {value:.3f}" for name, value in result["ratios"].items()), highlight=False, soft_wrap=True
     )
 
@@ -153,13 +151,13 @@ def serve(
     with _watched() as run:
         done = run(settings)
     if json_output:
-        typer.echo(json.dumps(done.report, indent=2))
+        print_json(done.report)
     else:
-        console = Console()
-        console.print(serve_table(done.report))
+        out = console()
+        out.print(serve_table(done.report))
         for line in serve_notes(done.report):
             style = "bold red" if line.startswith("ERROR") else "yellow" if line[:2].isupper() else None
-            console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+            out.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
         server = done.report["server"]
         save_plot(done.result, f"{server['base']}: {done.report['workload']['arrivals']}", plot)
@@ -185,13 +183,13 @@ def tiers(
     from loraplex.bench.tiers import TiersBench, TiersSettings
 
     settings = TiersSettings(adapters=adapters, rank=rank, in_ram=in_ram, loads=loads, repeats=repeats, threads=threads)
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
-        result = TiersBench(settings, lambda text: progress.update(task, description=text)).run()
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
+        result = TiersBench(settings, lambda text: bar.update(task, description=text)).run()
     if json_output:
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
     else:
-        Console().print(tiers_table(result))
+        console().print(tiers_table(result))
 
 
 @app.command("upload")
@@ -219,13 +217,13 @@ def upload(
         threads=threads,
         proof=proof,
     )
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
-        result = UploadBench(settings, lambda text: progress.update(task, description=text)).run()
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
+        result = UploadBench(settings, lambda text: bar.update(task, description=text)).run()
     if json_output:
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
     else:
-        Console().print(upload_table(result))
+        console().print(upload_table(result))
 
 
 @app.command("eviction")
@@ -246,15 +244,15 @@ def eviction(
     bench = EvictionBench(
         EvictionSettings(adapters=adapters, in_ram=in_ram, requests=requests, in_flight=in_flight, seed=seed)
     )
-    with _progress() as progress:
-        task = progress.add_task("traces", total=bench.num_replays)
-        result = bench.run(lambda: progress.advance(task))
+    with _progress() as bar:
+        task = bar.add_task("traces", total=bench.num_replays)
+        result = bench.run(lambda: bar.advance(task))
     if json_output:
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
         return
-    console = Console()
-    console.print(eviction_table(result, "hit_rate", "found in RAM"))
-    console.print(eviction_table(result, "byte_hit_rate", "bytes found in RAM"))
+    out = console()
+    out.print(eviction_table(result, "hit_rate", "found in RAM"))
+    out.print(eviction_table(result, "byte_hit_rate", "bytes found in RAM"))
 
 
 @app.command("routing")
@@ -273,9 +271,9 @@ def routing(
         show("routes")
         result = RoutingBench(RoutingSettings(decisions=decisions, routes=routes, targets=targets)).run()
     if json_output:
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
     else:
-        Console().print(routing_table(result))
+        console().print(routing_table(result))
 
 
 @app.command("bars")
@@ -380,20 +378,19 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    console = Console(stderr=True)
     # Drawn rarely: this process shares the machine with what it measures.
-    return Progress(*columns, console=console, transient=True, refresh_per_second=2, disable=not sys.stderr.isatty())
+    return progress(*columns, refresh_per_second=2)
 
 
 @contextmanager
 def _shown() -> Iterator[Callable[[str], None]]:
     """Gives a function that shows what is being measured: under a spinner, or line by line on stderr."""
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
+    with _progress() as bar:
+        task = bar.add_task("", total=None)
 
         def show(text: str) -> None:
-            progress.update(task, description=text)
-            if progress.disable:
+            bar.update(task, description=text)
+            if bar.disable:
                 typer.echo(text, err=True)
 
         yield show
@@ -413,10 +410,10 @@ def _finish(
     if json_output:
         typer.echo(text)
     else:
-        console = Console()
-        console.print(table(result))
+        out = console()
+        out.print(table(result))
         for line in notes(result):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            out.print(line, highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(1 if result["errors"] else 0)
 
 
@@ -425,23 +422,23 @@ def _watched() -> Iterator[Callable[[Any], Any]]:
     """Gives a function that runs a ServeBench under a progress bar; the first Ctrl-C ends the sending."""
     from loraplex.bench.serve import ServeBench, Watcher
 
-    with _progress() as progress:
-        task = progress.add_task("look", total=None)
+    with _progress() as bar:
+        task = bar.add_task("look", total=None)
 
         class Bar(Watcher):
             num_failed = num_tokens = 0
 
             def phase(self, name: str, total: int | None) -> None:
-                progress.reset(task, description=name, total=total)
+                bar.reset(task, description=name, total=total)
 
             def step(self) -> None:
-                progress.advance(task)
+                bar.advance(task)
 
             def done(self, outcome: "Outcome") -> None:
                 self.num_failed += outcome.error is not None
                 self.num_tokens += outcome.num_tokens
                 failed = f", {self.num_failed} failed" if self.num_failed else ""
-                progress.update(task, description=f"requests ({self.num_tokens} tokens{failed})")
+                bar.update(task, description=f"requests ({self.num_tokens} tokens{failed})")
 
         def on_start(stop: Callable[[], None]) -> None:
             loop = asyncio.get_running_loop()

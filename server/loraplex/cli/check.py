@@ -1,37 +1,42 @@
 """`loraplex check`: what a server would say of an adapter, without a server."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from loraplex.cli.failures import ServerRefused
+from loraplex.cli.output import Json, console, print_json
 from loraplex.config import prepare_process
+from loraplex.errors import AdapterError
 
 
 def check(
-    path: Annotated[Path, typer.Argument(help="A PEFT folder.")],
+    path: Annotated[Path, typer.Argument(help="A PEFT folder.", exists=True, file_okay=False)],
     base: Annotated[Path, typer.Option(help="Folder of the base model.")],
     prove: Annotated[bool, typer.Option("--prove", help="Load the base and run the adapter on it, too.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     max_lora_rank: Annotated[int, typer.Option(help="The server's limit.", min=1)] = 64,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
-    """Check an adapter against a base as `serve` does when it is pushed. Exit code 2: it would be refused."""
+    """Check an adapter against a base as `serve` does when it is pushed. Exit code 4: it would be refused."""
     prepare_process()
     from loraplex.serving.offline_check import check_folder
 
-    found = check_folder(path, base, device=device, dtype=dtype, max_rank=max_lora_rank, proves=prove)
+    try:
+        found = check_folder(path, base, device=device, dtype=dtype, max_rank=max_lora_rank, proves=prove)
+    except AdapterError as error:
+        raise ServerRefused(error.message, code=error.code, param=error.param) from error
     report = found.report.to_json()
     if json_output:
-        typer.echo(json.dumps({"report": report, "proof": found.proof}, indent=2))
+        print_json({"report": report, "proof": found.proof})
         return
-    Console().print(panel_of(path.resolve().name, report, found.proof))
+    console().print(panel_of(path.resolve().name, report, found.proof))
 
 
 def panel_of(name: str, report: dict[str, Any], proof: dict[str, Any] | None) -> Panel:

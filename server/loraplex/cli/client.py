@@ -1,24 +1,20 @@
-"""What the client commands share: one request to the server of LORAPLEX_URL, with LORAPLEX_API_KEY."""
+"""What the client commands share: requests to the server of LORAPLEX_URL, with LORAPLEX_API_KEY."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from functools import cache
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
-import typer
 
+from loraplex.cli.failures import NoServer, ServerRefused, UsageError
 from loraplex.config import ClientSettings
-from loraplex.errors import LoraplexError
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class ServerRefused(LoraplexError):
-    """The server answered with an error, or there is none."""
-
-    code = "server_refused"
+_PAGE = 1000
+_TIMEOUT = 300
+_IDLE_SECONDS = 2
+"""Less than the server keeps an idle connection: it never closes one that is being used again."""
 
 
 def path_of(name: str, below: str = "") -> str:
@@ -27,55 +23,85 @@ def path_of(name: str, below: str = "") -> str:
 
 
 def request(method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-    """The JSON object of the reply. Raises ServerRefused."""
-    with _answering() as settings:
-        reply = httpx2.request(method, _url(settings, path), headers=_headers(settings), timeout=300, **kwargs)
-    return _body(settings, reply)
+    """The JSON object of the reply. Raises NoServer, ServerRefused."""
+    with _answering() as server:
+        return _body(server, server.client.request(method, server.url + path, **kwargs))
+
+
+def listed(path: str) -> dict[str, Any]:
+    """A list that the server gives in pages, whole: one page with the rows of all. Raises as `request`."""
+    whole = request("GET", path, params={"offset": 0, "limit": _PAGE})
+    while len(whole["data"]) < whole["total"]:
+        page = request("GET", path, params={"offset": len(whole["data"]), "limit": _PAGE})
+        if not page["data"]:
+            break  # some were deleted meanwhile
+        whole["data"] += page["data"]
+    return whole
 
 
 @contextmanager
 def download(path: str) -> Iterator[httpx2.Response]:
-    """A reply whose body is still to be read. Raises ServerRefused, also when it breaks off."""
-    with _answering() as settings:
-        with httpx2.stream("GET", _url(settings, path), headers=_headers(settings), timeout=300) as reply:
+    """A reply whose body is still to be read. Raises ServerRefused; NoServer, also when it breaks off."""
+    with _answering() as server:
+        with server.client.stream("GET", server.url + path) as reply:
             if reply.status_code >= 400:
                 reply.read()
-                _body(settings, reply)
+                _body(server, reply)
             yield reply
 
 
-def print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+@contextmanager
+def connected() -> Iterator[None]:
+    """The requests within the block share one client, and so its connection."""
+    try:
+        yield
+    finally:
+        if _server.cache_info().currsize:
+            _server().client.close()
+            _server.cache_clear()
+
+
+class _Server:
+    def __init__(self, settings: ClientSettings):
+        self.url = settings.url.rstrip("/")
+        if not self.url.lower().startswith(("http://", "https://")):
+            hint = "" if "://" in self.url else f", as http://{self.url}"
+            raise UsageError(f"LORAPLEX_URL is {settings.url!r}. Let it begin with http:// or https://{hint}.")
+        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+        limits = httpx2.Limits(keepalive_expiry=_IDLE_SECONDS)
+        self.client = httpx2.Client(headers=headers, timeout=_TIMEOUT, limits=limits)
+
+
+@cache
+def _server() -> _Server:
+    """Made for the first request: its SSL context alone takes longer than that."""
+    return _Server(ClientSettings())
 
 
 @contextmanager
-def _answering() -> Iterator[ClientSettings]:
-    settings = ClientSettings()
+def _answering() -> Iterator[_Server]:
+    server = _server()
     try:
-        yield settings
-    except (httpx2.TransportError, httpx2.InvalidURL) as error:
-        raise ServerRefused(
-            f"No server answers at {settings.url} ({error}). Start one with 'loraplex serve', or set LORAPLEX_URL."
+        yield server
+    except httpx2.InvalidURL as error:
+        raise UsageError(f"LORAPLEX_URL is {server.url!r}, and that is no address: {error}.") from error
+    except httpx2.TransportError as error:
+        raise NoServer(
+            f"No server answers at {server.url} ({error}). Start one with 'loraplex serve', or set LORAPLEX_URL."
         ) from error
 
 
-def _url(settings: ClientSettings, path: str) -> str:
-    return settings.url.rstrip("/") + path
-
-
-def _headers(settings: ClientSettings) -> dict[str, str]:
-    return {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
-
-
-def _body(settings: ClientSettings, reply: httpx2.Response) -> dict[str, Any]:
+def _body(server: _Server, reply: httpx2.Response) -> dict[str, Any]:
+    status = reply.status_code
     try:
         body = reply.json()
-    except json.JSONDecodeError as error:
-        raise ServerRefused(f"{settings.url} answered {reply.status_code} and no JSON.") from error
-    if reply.status_code >= 400:
+    except ValueError as error:
+        message = f"{server.url} answered {status} and no JSON."
+        raise (ServerRefused(message, status) if status >= 400 else NoServer(message)) from error
+    if status >= 400:
         try:
-            message = body["error"]["message"]
-        except (KeyError, TypeError):
-            message = f"{settings.url} answered {reply.status_code}: {str(body)[:200]}"
-        raise ServerRefused(message)
+            error = body["error"]
+            raise ServerRefused(error["message"], status, code=error.get("code"), param=error.get("param"))
+        except (KeyError, TypeError, AttributeError):
+            raise ServerRefused(f"{server.url} answered {status}: {str(body)[:200]}", status) from None
     return body

@@ -3,12 +3,12 @@
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from loraplex.cli.client import Json, print_json, request
+from loraplex.cli.client import request
+from loraplex.cli.output import Json, console, print_json
 
 
 def compare(
@@ -30,9 +30,7 @@ def compare(
     if json_output:
         print_json(reply)
         return
-    console = Console()
-    console.print(_texts(reply))
-    console.print(_scores(reply))
+    console().print(_texts(reply), _scores(reply))
 
 
 def _texts(reply: dict[str, Any]) -> Table:

@@ -1,19 +1,17 @@
 """`loraplex demo`: all tasks of all adapters mixed in the same batches, and what comes of it."""
 
 import asyncio
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from loraplex.cli.output import Json, console, print_json, progress
 from loraplex.cli.serve import configure_logging, demo_settings
 from loraplex.config import Settings, prepare_process
 from loraplex.demo.kind import short_names
@@ -22,7 +20,7 @@ from loraplex.errors import StartupError
 
 def demo(
     prompts: Annotated[int, typer.Option(help="Held-out prompts for each adapter.", min=1, max=1000)] = 256,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_output: Json = False,
 ) -> None:
     """Send every task to its adapter and to the base, all in the same batches, and check the answers by program."""
     prepare_process(Path(tempfile.gettempdir()) / "loraplex")
@@ -35,7 +33,7 @@ def demo(
             raise StartupError("The demo's adapters are not here. Run it in a checkout of the project.")
         result = asyncio.run(_run(settings, prompts))
     if json_output:
-        typer.echo(json.dumps(result, indent=2))
+        print_json(result)
     else:
         _print(result)
 
@@ -44,15 +42,14 @@ async def _run(settings: Settings, num_prompts: int) -> dict:
     from loraplex.demo.exam import Exam
     from loraplex.service import Service
 
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with Service.running(settings) as service:
         exam = Exam(service, num_prompts)
         if not exam.names:
             raise StartupError(f"None of the demo's adapters is in {settings.adapters}.")
-        with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as progress:
-            bar = progress.add_task("answers", total=exam.num_questions)
-            return await exam.take(lambda: progress.advance(bar))
+        with progress(*columns) as bar:
+            task = bar.add_task("answers", total=exam.num_questions)
+            return await exam.take(lambda: bar.advance(task))
 
 
 def _print(result: dict) -> None:
@@ -70,15 +67,15 @@ def _print(result: dict) -> None:
             f"{row['base_exact_match']:.1%}",
         )
         answers.add_row(f" {row['name']}", Text(f"{row['example']['prompt']}\n→ {row['example']['answer']}"))
-    console = Console()
-    console.print(table, answers, "")
+    out = console()
+    out.print(table, answers, "")
     bars = result["bars"]
-    console.print(
+    out.print(
         f"{result['adapters'][0]['prompts']} prompts a task that were never trained on. The bars, at least "
         f"{bars['exact_match']:.0%} with the adapter and at most {bars['base_exact_match']:.0%} without, are "
         f"{'met' if result['meets_bars'] else 'MISSED'}."
     )
-    console.print(
+    out.print(
         f"{result['num_requests']} requests in {result['seconds']:.1f} s; up to {result['max_distinct']} different "
         f"adapters and the base answered in one batch; {result['generated_tokens']} tokens."
     )

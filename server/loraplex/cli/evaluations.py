@@ -7,12 +7,13 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from loraplex.cli.client import Json, ServerRefused, download, print_json, request
+from loraplex.cli.client import download, request
+from loraplex.cli.failures import FAILED, UsageError
+from loraplex.cli.output import Json, console, print_json, progress
 
 app = typer.Typer(no_args_is_help=True, help="Prompts with checks that gate promotions.", rich_markup_mode=None)
 
@@ -35,7 +36,7 @@ def put(
     try:
         data = file.read_bytes()
     except OSError as error:
-        raise ServerRefused(f"{file} cannot be read: {error}.") from error
+        raise UsageError(f"{file} cannot be read: {error}.") from error
     stored = request("PUT", _path(alias), content=data)
     if json_output:
         print_json(stored)
@@ -57,7 +58,7 @@ def show(alias: Alias, json_output: Json = False) -> None:
         passed = "-" if one["passed"] is None else f"{one['passed']} of {one['total']}"
         closed = "" if reply["gate"] is None else one["closed"] or "open"
         table.add_row(Text(one["model"]), f"{100 * one['share']:.4g} %", passed, _rate(one["pass_rate"]), Text(closed))
-    Console().print(table)
+    console().print(table)
     if (run := reply["run"]) is not None:
         _say(f"latest run: {run['id']}, {run['state']}, {run['done']} of {run['total']}")
 
@@ -92,7 +93,7 @@ def run(
     least = 0.0 if gate is None else gate["min_pass"]
     reached = [one["pass_rate"] for one in (ended["report"] or {"targets": ()})["targets"]]
     if ended["state"] != "done" or min(reached) < least:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 @app.command()
@@ -122,12 +123,12 @@ def rm(alias: Alias, json_output: Json = False) -> None:
 def _watched(alias: str, run: dict[str, Any]) -> dict[str, Any]:
     """The run when it has ended. The bar goes to stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(f"{alias} {run['id']}", total=run["total"])
+    with progress(*columns) as bar:
+        task = bar.add_task(f"{alias} {run['id']}", total=run["total"])
         while run["state"] == "running":
             time.sleep(_POLL_SECONDS)
             run = request("GET", _path(alias, f"/runs/{run['id']}"))
-            progress.update(bar, completed=run["done"])
+            bar.update(task, completed=run["done"])
     return run
 
 
@@ -143,8 +144,8 @@ def _print_report(run: dict[str, Any], json_output: bool) -> None:
         table.add_row(
             Text(one["model"]), f"{one['passed']} of {one['total']}", _rate(one["pass_rate"]), str(one["errors"])
         )
-    console = Console()
-    console.print(table)
+    shown = console()
+    shown.print(table)
     failures = Table("target", "line", "prompt", "answer", "why", title="failures", title_justify="left")
     for one in run["report"]["targets"]:
         for failed in one["failures"]:
@@ -153,7 +154,7 @@ def _print_report(run: dict[str, Any], json_output: bool) -> None:
         if one["failures_left_out"]:
             failures.add_row(Text(one["model"]), "…", f"{one['failures_left_out']} more", "", "")
     if failures.row_count:
-        console.print(failures)
+        shown.print(failures)
 
 
 def _rate(rate: float | None) -> str:
@@ -161,4 +162,4 @@ def _rate(rate: float | None) -> str:
 
 
 def _say(text: str) -> None:
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    console().print(text, highlight=False, markup=False, soft_wrap=True)

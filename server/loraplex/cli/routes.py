@@ -6,11 +6,12 @@ from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from loraplex.cli import evaluations
-from loraplex.cli.client import Json, ServerRefused, print_json, request
+from loraplex.cli.client import request
+from loraplex.cli.failures import UsageError
+from loraplex.cli.output import Json, console, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Aliases that split, shadow and guard traffic.", rich_markup_mode=None)
 app.add_typer(evaluations.app, name="eval")
@@ -36,7 +37,7 @@ def set_route(
 ) -> None:
     """Make an alias mean weighted targets; what it meant before is in its history."""
     if (file is None) == (not targets):
-        raise ServerRefused("Name the targets, as sql@3=90 sql@4=10, or give --file, one of the two.")
+        raise UsageError("Name the targets, as sql@3=90 sql@4=10, or give --file, one of the two.")
     if file is not None:
         document = _read(file)
     else:
@@ -69,7 +70,7 @@ def show(
     for one in reply["data"]:
         shares = "  ".join(f"{model}={100 * share:g}%" for model, share in one["shares"].items())
         table.add_row(one["alias"], str(one["revision"]), one["who"], shares)
-    Console().print(table)
+    console().print(table)
 
 
 @app.command()
@@ -84,7 +85,7 @@ def ramp(
     try:
         percents = [float(step) for step in steps.split(",")]
     except ValueError as error:
-        raise ServerRefused(f"--steps {steps!r} is no list of per cents, as 1,5,25,100.") from error
+        raise UsageError(f"--steps {steps!r} is no list of per cents, as 1,5,25,100.") from error
     body = {"target": target, "steps": percents, "every": every}
     _show(request("POST", _path(alias, "/ramp"), json=body), json_output)
 
@@ -115,7 +116,7 @@ def rm(alias: Alias, json_output: Json = False) -> None:
     if json_output:
         print_json(reply)
     else:
-        Console().print(f"deleted the route {reply['alias']}", highlight=False, soft_wrap=True)
+        console().print(f"deleted the route {reply['alias']}", highlight=False, soft_wrap=True)
 
 
 def _target(text: str) -> dict[str, Any]:
@@ -123,33 +124,33 @@ def _target(text: str) -> dict[str, Any]:
     try:
         return {"model": model, "weight": float(weight) if equals else 1.0}
     except ValueError as error:
-        raise ServerRefused(f"{weight!r} in {text!r} is no weight. Write targets as sql@3=90 sql@4=10.") from error
+        raise UsageError(f"{weight!r} in {text!r} is no weight. Write targets as sql@3=90 sql@4=10.") from error
 
 
 def _read(file: Path) -> Any:
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ServerRefused(f"{file} cannot be read as JSON: {error}.") from error
+        raise UsageError(f"{file} cannot be read as JSON: {error}.") from error
 
 
 def _show(reply: dict[str, Any], json_output: bool) -> None:
     if json_output:
         print_json(reply)
         return
-    console = Console()
+    out = console()
     facts = f"revision {reply['revision']} by {reply['who']}, sticky by {reply['sticky_by']}"
-    console.print(f"{reply['alias']}  {facts}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"{reply['alias']}  {facts}", highlight=False, markup=False, soft_wrap=True)
     seen = {one["model"]: one for one in reply.get("observed", ())}
     columns = ("observed", "requests", "failed", "TTFT p50 / p95", "between p50 / p95") if seen else ()
     table = Table("target", "share", *columns)
     for model, share in reply["shares"].items():
         one = seen.get(model)
         table.add_row(model, _percent(share), *(_observed(one) if one else ()))
-    console.print(table)
+    out.print(table)
     for name in ("rules", "fallback", "shadow", "ramp", "guard", "gate"):
         if reply[name]:
-            console.print(f"  {name}: {json.dumps(reply[name])}", highlight=False, markup=False, soft_wrap=True)
+            out.print(f"  {name}: {json.dumps(reply[name])}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _observed(one: dict[str, Any]) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from loraplex.cli.client import Json, ServerRefused, download, path_of, print_json, request
+from loraplex.cli.client import download, path_of, request
+from loraplex.cli.failures import CommandFailed, NotDone, UsageError
+from loraplex.cli.output import Json, console, print_json, progress
 from loraplex.lora.digest import CONFIG_NAME, WEIGHTS_NAME, adapter_digest
 from loraplex.lora.files import FILES
 
@@ -25,59 +26,62 @@ def pull(
     json_output: Json = False,
 ) -> None:
     """Download an adapter's files into a PEFT folder, checked against its digest."""
+    if version is not None and "@" in name:
+        raise UsageError(f"{name!r} names a version, and --version does, too. Give one of the two.")
     model = name if version is None else f"{name}@{version}"
     described = request("GET", path_of(model))
-    with fresh_folder(out) as folder, progress_bar() as progress:
-        pull_version(described, folder, progress)
+    with fresh_folder(out) as folder, progress_bar() as bar:
+        pull_version(described, folder, bar)
     if json_output:
         print_json({"id": described["id"], "digest": described["digest"], "folder": str(out)})
     else:
-        Console().print(f"{described['id']} -> {out}", highlight=False, markup=False, soft_wrap=True)
+        console().print(f"{described['id']} -> {out}", highlight=False, markup=False, soft_wrap=True)
 
 
-def pull_version(described: dict[str, Any], folder: Path, progress: Progress) -> None:
-    """The files of the version that GET /v1/adapters described, into `folder`. Raises ServerRefused when they are not
+def pull_version(described: dict[str, Any], folder: Path, bar: Progress) -> None:
+    """The files of the version that GET /v1/adapters described, into `folder`. Raises NotDone when they are not
     those of its digest."""
-    task = progress.add_task(f"pull {described['id']}", total=described["bytes"])
+    task = bar.add_task(f"pull {described['id']}", total=described["bytes"])
     parts = {file.name: file.part for file in FILES}
     sums = {}
     for file_name in described["files"]:
         if file_name not in parts:
-            raise ServerRefused(f"The server names a file that this release does not know: {file_name[:64]!r}.")
+            raise NotDone(f"The server names a file that this release does not know: {file_name[:64]!r}.")
         with download(path_of(described["id"], f"/files/{parts[file_name]}")) as reply:
-            sums[file_name] = _write(folder / file_name, _watched(reply.iter_bytes(), progress, task))
+            sums[file_name] = _write(folder / file_name, _watched(reply.iter_bytes(), bar, task))
     if adapter_digest(sums[CONFIG_NAME], sums[WEIGHTS_NAME], sums) != described["digest"]:
-        raise ServerRefused(f"What arrived is not {described['id']}: its digest differs. Pull it again.")
+        raise NotDone(f"What arrived is not {described['id']}: its digest differs. Pull it again.")
 
 
 def progress_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return progress(*columns)
 
 
 @contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """A new folder that becomes `out` at the end of the block, whole, or is gone. Raises ServerRefused."""
+    """A new folder that becomes `out` at the end of the block, whole, or is gone. Raises UsageError,
+    CommandFailed."""
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise ServerRefused(f"{out} is there already. Name a new or an empty folder; nothing is written over.")
+        raise UsageError(f"{out} is there already. Name a new or an empty folder; nothing is written over.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as cause:
-        raise ServerRefused(f"{out} cannot be made: {cause.strerror or cause}.") from cause
+        raise UsageError(f"{out} cannot be made: {cause.strerror or cause}.") from cause
     try:
         yield folder
         folder.chmod(0o755)
         os.replace(folder, out)
     except OSError as cause:
-        raise ServerRefused(f"{out} cannot be written: {cause.strerror or cause}.") from cause
+        raise CommandFailed(f"{out} cannot be written: {cause.strerror or cause}.") from cause
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watched(chunks: Iterable[bytes], progress: Progress, task: Any) -> Iterator[bytes]:
+def _watched(chunks: Iterable[bytes], bar: Progress, task: Any) -> Iterator[bytes]:
     for chunk in chunks:
-        progress.advance(task, len(chunk))
+        bar.advance(task, len(chunk))
         yield chunk
 
 

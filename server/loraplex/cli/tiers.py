@@ -3,10 +3,10 @@
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from loraplex.cli.client import Json, path_of, print_json, request
+from loraplex.cli.client import path_of, request
+from loraplex.cli.output import Json, console, print_json
 
 Model = Annotated[str, typer.Argument(help="name or name@version")]
 
@@ -44,8 +44,8 @@ def tiers(
         print_json(reply)
         return
     ram, device = reply["ram"], reply["device"]
-    console = Console()
-    console.print(
+    out = console()
+    out.print(
         f"RAM {ram['bytes']} of {ram['budget']} bytes, {ram['adapters']} adapters, {ram['pinned']} pinned; device "
         f"{device['used']} of {device['places']} places",
         highlight=False,
@@ -55,9 +55,9 @@ def tiers(
     for row in reply["data"]:
         values = (row["id"], row["tier"], row["disk_bytes"], row["ram_bytes"], row["leases"])
         table.add_row(*map(str, values), "yes" if row["pinned"] else "", str(row["hits"]), _ago(row), _left(row))
-    console.print(table)
+    out.print(table)
     if reply["total"] > len(reply["data"]):
-        console.print(f"{len(reply['data'])} of {reply['total']}", highlight=False)
+        out.print(f"{len(reply['data'])} of {reply['total']}", highlight=False)
 
 
 def _ago(row: dict[str, Any]) -> str:
@@ -73,4 +73,4 @@ def _say(reply: dict[str, Any], text: str, as_json: bool) -> None:
     if as_json:
         print_json(reply)
     else:
-        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+        console().print(text, highlight=False, markup=False, soft_wrap=True)
