@@ -104,7 +104,11 @@ def test_generate_times_the_tokens_after_the_first(monkeypatch: pytest.MonkeyPat
 
 def test_the_program(limits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path):
     seen = []
-    told = {"where": dict.fromkeys(("date", "device", "torch", "triton", "transformers", "peft"), "x"), "bars": []}
+    told = {
+        "settings": {"graphs": True},
+        "where": dict.fromkeys(("date", "device", "torch", "triton", "transformers", "peft"), "x"),
+        "bars": [],
+    }
     told |= {"step": {"shape": "s", "rows": []}, "generate": []}
     monkeypatch.setattr(
         cuda_bars, "CudaBars", lambda settings, show: seen.append(settings) or type("", (), {"run": lambda _: told})()
@@ -113,6 +117,7 @@ def test_the_program(limits, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         ["--device", "cpu", "--batches", "1,2", "--shape", '{"hidden_size": 64}', "--output", str(tmp_path / "f")]
     )
     assert seen[0].batches == (1, 2)
+    assert not seen[0].graphs
     assert seen[0].shape["hidden_size"] == 64
     assert seen[0].shape["vocab_size"] == 128256
     assert json.loads((tmp_path / "f").read_text())["step"]["shape"] == "s"

@@ -41,7 +41,7 @@ WIDE = (32, 256)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CudaSettings:
-    """`peers`: transformers' and PEFT's generate beside, too."""
+    """`graphs`: decoding runs as CUDA graphs. `peers`: transformers' and PEFT's generate beside, too."""
 
     batches: tuple[int, ...] = (1, 32, 64, 128, 256)
     adapters: tuple[int, ...] = (0, 1, 32, 64)
@@ -49,6 +49,7 @@ class CudaSettings:
     prefill: int = 2048
     rounds: int = 12
     swap_tokens: int = 128
+    graphs: bool = False
     peers: bool = True
     dtype: str = "bfloat16"
     device: str = "cuda"
@@ -79,6 +80,7 @@ class CudaBars:
                 context=settings.context,
                 prefill=settings.prefill,
                 rounds=settings.rounds,
+                graphs=settings.graphs,
                 **common,
             ),
             self._limits,
@@ -87,7 +89,9 @@ class CudaBars:
         del bench
         self._let_go()
         self._show("adapters that come while others decode")
-        swap = SwapBench(SwapSettings(context=settings.context, tokens=settings.swap_tokens, **common))
+        swap = SwapBench(
+            SwapSettings(context=settings.context, tokens=settings.swap_tokens, graphs=settings.graphs, **common)
+        )
         swaps = swap.run()
         swap.close()
         del swap
@@ -178,10 +182,10 @@ def bars_notes(result: Mapping[str, Any]) -> list[str]:
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The tables for the notes."""
-    where = result["where"]
+    where, graphs = result["where"], "graphs" if result["settings"]["graphs"] else "no graphs"
     lines = [
         f"{where['date']}, {where['device']}, torch {where['torch']}, triton {where['triton']}, transformers "
-        f"{where['transformers']}, peft {where['peft']}; {result['step']['shape']}",
+        f"{where['transformers']}, peft {where['peft']}; {graphs}; {result['step']['shape']}",
         "",
         "| bar | limit | bound | measured | |",
         "|---|---|---|---|---|",
@@ -222,6 +226,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--adapters", default="0,1,32,64")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--shape", default=None, help="changes to the 8B shape, as JSON")
+    parser.add_argument("--graphs", action="store_true", help="decoding as CUDA graphs")
     parser.add_argument("--no-peers", action="store_true", help="without transformers' and PEFT's generate")
     parser.add_argument("--output", type=Path, default=None, help="file for all figures, as JSON")
     chosen = parser.parse_args(arguments)
@@ -231,6 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         context=chosen.context,
         prefill=2 * chosen.context,
         rounds=chosen.rounds,
+        graphs=chosen.graphs,
         peers=not chosen.no_peers,
         dtype=chosen.dtype,
         device=chosen.device,

@@ -45,6 +45,7 @@ class StepSettings:
     merged                 each batch also as one adapter's own on its merged weights
     prefill                tokens of a prefill step, 0: none is measured
     quantization           of the base: a kind of `model.quantization.KINDS`; limits stay those of unquantised weights
+    graphs                 steps of decoding run as CUDA graphs; calls into LoRA's ops are not counted then
     shape                  changes to the model's config
     """
 
@@ -59,6 +60,7 @@ class StepSettings:
     device: str = "auto"
     threads: int = 1
     quantization: str | None = None
+    graphs: bool = False
     shape: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -108,12 +110,14 @@ class StepBench:
             block_size=BLOCK_SIZE,
             num_blocks=max(self._blocks_each * largest, tokens // BLOCK_SIZE + _DISTINCT_PROMPTS),
             max_loras=places + self._is_merging,
+            graph_rank=max(settings.ranks) if settings.graphs else None,
         )
         self._ops = CountedOps(select_ops(device))
         self._runner = ModelRunner(self._base, geometry, self._config, self._ops)  # type: ignore[arg-type]
         warm_up = getattr(self._runner.ops, "warm_up", None)
         if warm_up is not None:
             warm_up(dtype)
+        self._runner.capture_graphs()
         shapes = list(self._base.targets.values())
         seeds = range(max(settings.adapters))
         self._weights: list[LoRAWeights] = [

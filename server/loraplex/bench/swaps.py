@@ -12,13 +12,15 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from loraplex.bench.random_model import random_adapter, random_llama
+from loraplex.engine.adapter_pool import PLACE_ALIGNMENT
 from loraplex.engine.config import EngineConfig
+from loraplex.engine.copy_stream import CudaCopyStream
 from loraplex.engine.engine import Engine
 from loraplex.engine.messages import AdapterUse, EngineRequest
 from loraplex.engine.runner import ModelRunner
@@ -51,6 +53,7 @@ class SwapSettings:
     dtype: str = "auto"
     device: str = "auto"
     threads: int = 1
+    graphs: bool = False
     shape: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -64,6 +67,9 @@ class SwapBench:
         shapes = list(base.targets.values())
         count = settings.steady_adapters + settings.others
         adapters = [random_adapter(shapes, settings.rank, seed, dtype) for seed in range(count)]
+        is_cuda = device.type == "cuda"
+        if is_cuda:  # as the server's arena has them
+            adapters = [replace(weights, slab=weights.slab.pin_memory()) for weights in adapters]
         self._weights: dict[str, LoRAWeights] = {weights.digest: weights for weights in adapters}
         self._uses = [AdapterUse(weights.digest, weights.nbytes) for weights in adapters]
         length = settings.context + settings.tokens + BLOCK_SIZE
@@ -76,12 +82,16 @@ class SwapBench:
             num_blocks=blocks * (settings.steady + settings.spare),
             max_loras=settings.steady_adapters + settings.spare,
             adapter_cache_bytes=sum(weights.nbytes for weights in adapters) + 1,
+            place_bytes=-(-adapters[0].nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT if is_cuda else 0,
+            graph_rank=settings.rank if settings.graphs else None,
         )
         runner = ModelRunner(base, measure_geometry(base.model), config)
+        runner.capture_graphs()
         self._device = device
         self._vocab_size = base.vocab_size
         self.adapter_bytes = adapters[0].nbytes
-        self._engine = Engine(runner, lambda digest, _: self._weights[digest])
+        stream = CudaCopyStream(device) if is_cuda else None
+        self._engine = Engine(runner, lambda digest, _: self._weights[digest], stream=stream)
         self._numbers = itertools.count()
 
     def run(self) -> dict[str, Any]:
