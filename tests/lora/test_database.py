@@ -1,7 +1,9 @@
 """The registry's database where the two kinds differ, what it refuses, and what it does when it is refused."""
 
 import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from sqlalchemy import inspect, text
 from loraplex.errors import AdapterConflict, StartupError, StorageFull
 from loraplex.lora import registry as registry_module
 from loraplex.lora import tables
-from loraplex.lora.database import Database, sqlite_url
+from loraplex.lora.database import Database, _prepare_sqlite, sqlite_url
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.registry import Registry
 from loraplex.lora.version import Version
@@ -211,3 +213,24 @@ def test_the_first_releases_registry_is_carried_over(registry_url: str):
         assert push(opened, "sql", B) == second
         assert opened.events() == ((), 0), "what was done before is not known"
         assert opened.rollback("sql", who="me").version == first
+
+
+def test_a_new_file_is_opened_by_many_at_once(tmp_path: Path):
+    """SQLite answers "locked" at once to some of those who would turn on its write-ahead log together."""
+    count = 8
+
+    def connect(path: Path, barrier: threading.Barrier) -> str:
+        connection = sqlite3.connect(path)
+        try:
+            barrier.wait()
+            _prepare_sqlite(connection, None)
+            return connection.execute("PRAGMA journal_mode").fetchone()[0]
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(count) as threads:
+        for number in range(60):
+            barrier = threading.Barrier(count)
+            path = tmp_path / f"{number}.db"
+            opened = [threads.submit(connect, path, barrier) for _ in range(count)]
+            assert {one.result() for one in opened} == {"wal"}

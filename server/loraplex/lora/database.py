@@ -6,6 +6,7 @@ return, and order writers of different processes.
 
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,13 +140,24 @@ def _checked(url: str | URL) -> URL:
 def _prepare_sqlite(connection: Any, _: Any) -> None:
     # transactions are begun by _begin_sqlite, not by the driver, which begins them late and never for reads
     connection.isolation_level = None
-    for pragma in (
-        f"busy_timeout={_LOCK_SECONDS * 1000}",
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-    ):
+    connection.execute(f"PRAGMA busy_timeout={_LOCK_SECONDS * 1000}").close()
+    _enter_wal(connection)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Several that open a new file at once all make this change, and SQLite does not have them wait for each other."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+            return
+        except sqlite3.OperationalError as error:
+            is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_busy or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:
