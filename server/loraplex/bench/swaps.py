@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from loraplex.bench.random_model import random_adapter, random_llama
-from loraplex.engine.adapter_pool import PLACE_ALIGNMENT
+from loraplex.engine.adapter_pool import place_bytes_for
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.copy_stream import CudaCopyStream
 from loraplex.engine.engine import Engine
@@ -82,7 +82,7 @@ class SwapBench:
             num_blocks=blocks * (settings.steady + settings.spare),
             max_loras=settings.steady_adapters + settings.spare,
             adapter_cache_bytes=sum(weights.nbytes for weights in adapters) + 1,
-            place_bytes=-(-adapters[0].nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT if is_cuda else 0,
+            place_bytes=place_bytes_for(adapters[0].nbytes) if is_cuda else 0,
             graph_rank=settings.rank if settings.graphs else None,
         )
         runner = ModelRunner(base, measure_geometry(base.model), config)
@@ -174,10 +174,9 @@ class SwapBench:
         pool, place = self._engine.runner.pool, self._engine.runner.probe_place
         wait = torch.cuda.synchronize if self._device.type == "cuda" else lambda: None
         for use in self._uses[-8:]:
-            weights = self._engine.cache.peek(use.digest) if use.digest in self._engine.cache else None
             wait()
             started = time.perf_counter()
-            pool.load(place, weights or self._weights[use.digest])
+            pool.load(place, self._weights[use.digest])
             wait()
             times.append(time.perf_counter() - started)
             pool.clear(place)

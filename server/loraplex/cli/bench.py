@@ -303,6 +303,7 @@ def bars(
 def cuda(
     context: Annotated[int, typer.Option(help="Tokens behind each sequence.", min=1)] = 1024,
     rounds: Annotated[int, typer.Option(help="Rounds of bench step.", min=1)] = 12,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Decoding as CUDA graphs.")] = False,
     beside: Annotated[bool, typer.Option("--peers/--no-peers", help="transformers' and PEFT's generate, too.")] = True,
     output: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.")] = None,
     json_output: Json = False,
@@ -315,7 +316,7 @@ def cuda(
     from loraplex.bench.cuda_bars import CudaBars, CudaSettings, bars_notes
     from loraplex.bench.tables import bars_table
 
-    settings = CudaSettings(context=context, prefill=2 * context, rounds=rounds, peers=beside)
+    settings = CudaSettings(context=context, prefill=2 * context, rounds=rounds, graphs=graphs, peers=beside)
     with _shown() as show:
         result = CudaBars(settings, show).run()
     _finish(result, bars_table, bars_notes, output, json_output)

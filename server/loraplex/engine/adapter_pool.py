@@ -24,6 +24,11 @@ PLACE_ALIGNMENT = 256
 """Bytes: places begin at its multiples, so that a device may load the widest words."""
 
 
+def place_bytes_for(nbytes: int) -> int:
+    """Of a place for slabs of up to `nbytes`."""
+    return -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+
+
 class AdapterPool:
     def __init__(
         self,

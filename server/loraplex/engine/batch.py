@@ -6,8 +6,9 @@ The buffers are allocated once; a batch is views into them, valid until the next
 `Capacity` lies at the same addresses and in the same shapes each time, whatever it holds: a captured graph reads it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -90,13 +91,14 @@ class BatchBuffers:
             rows.append(entry_rows)
             token += entry.num_new_tokens
             row = entry_rows.end
-        token_bounds = [0, *np.cumsum([entry.num_new_tokens for entry in batch.entries], dtype=int).tolist()]
+        counts = [entry.num_new_tokens for entry in batch.entries]
+        token_bounds = [0, *accumulate(counts)]
         row_bounds = [0, *(span.end for span in rows)]
         body = self._body.build(batch, token_bounds, pool)
         head = self._head.build(batch, row_bounds, pool) if pool.changes_head(batch.places) else None
         count = len(batch.entries)
         if capacity is None:
-            longest, shortest = _most_and_least(entry.num_new_tokens for entry in batch.entries)
+            longest, shortest = max(counts), min(counts)
             max_seq_len = int(self._seq_lens[:count].max())
         else:
             assert token == row == count <= capacity.num_rows
@@ -233,11 +235,6 @@ class SegmentBuffers:
     def _tensors(self, count: int, num_rows: int, max_rank: int) -> LoRASegments:
         start, end, place, offset, scale = (column[:count] for column in self._columns)
         return LoRASegments(start, end, place, scale, offset, num_rows, max_rank)
-
-
-def _most_and_least(numbers: Iterable[int]) -> tuple[int, int]:
-    found = sorted(numbers)
-    return found[-1], found[0]
 
 
 def _padded(count: int) -> int:

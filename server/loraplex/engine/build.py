@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapter_loads import ReadAdapter
-from loraplex.engine.adapter_pool import PLACE_ALIGNMENT
+from loraplex.engine.adapter_pool import place_bytes_for
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.copy_stream import CudaCopyStream
 from loraplex.engine.engine import Engine
@@ -231,7 +231,7 @@ def _place_bytes(spec: EngineSpec, base: BaseModel) -> int:
     if base.device.type == "cpu":
         return 0
     ranks = ((s, spec.max_lora_rank) for s in base.targets.values() if s.kind in ("linear", "experts"))
-    return -(-slab_numel(ranks) * base.dtype.itemsize // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+    return place_bytes_for(slab_numel(ranks) * base.dtype.itemsize)
 
 
 _HOW_TO_FIT = {
