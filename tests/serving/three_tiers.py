@@ -2,10 +2,12 @@
 loads, clock and disk are a test's to move. Two of its kind may share a folder."""
 
 import asyncio
+import atexit
 import errno
 import functools
 import json
 import os
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
@@ -148,7 +150,9 @@ def make_content(pristine: Path, base: BaseModel, reader: AdapterReader, number:
 
 @functools.cache
 def bench() -> Bench:
-    return make_bench(Path(tempfile.mkdtemp(prefix="loraplex-tiers-")))
+    folder = Path(tempfile.mkdtemp(prefix="loraplex-tiers-"))
+    atexit.register(shutil.rmtree, folder)
+    return make_bench(folder)
 
 
 class Clock:
