@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 from three_tiers import POISON, SEQUENCES, WAITING, Clock, Disk, Inline, Server, bench
-from tiers_model import TiersModel, number_of
+from tiers_model import Ref, TiersModel, number_of
 
 from loraplex.engine.messages import Composition
 from loraplex.errors import (
@@ -62,12 +62,19 @@ class Work:
     num_bad: int  # loads that had failed before
     num_refused: int
     numbers: frozenset[int] = frozenset()
+    ref: Ref | None = None  # of a wish; `found`: what it meant at first
+    found: Any = None
+    later: set[int] = field(default_factory=set)  # what it came to mean meanwhile: the wish may turn to it
     composition: Composition = ()
     tokens: list[int] = field(default_factory=list)
     error: LoraplexError | None = None
     is_hurt: bool = False  # the disk damaged a content of its while it ran
     is_cancelled: bool = False
     task: asyncio.Task[None] | None = None
+
+    @property
+    def needed(self) -> set[int]:
+        return self.numbers | self.later
 
 
 class Tiers(RuleBasedStateMachine):
@@ -89,7 +96,8 @@ class Tiers(RuleBasedStateMachine):
         self.neighbour = Neighbour(self.folder / "data")
 
     def start(self) -> None:
-        self.kept: set[str] = set()  # digests that are pinned in RAM
+        self.kept: set[str] = set()  # digests that are pinned in RAM, and were wanted all the time since
+        self.meant: list[set[str]] = []  # what the pins came to mean during the operation, digests
         self.strays: set[str] = set()  # pinned or not: whoever asked is gone
         self.last_use: dict[str, float] = {}
         self.evicted: list[str] = []  # by the operation under way
@@ -110,6 +118,17 @@ class Tiers(RuleBasedStateMachine):
             self.model.drop_pins()
 
         cache.release, cache.insert, pins.drop_deleted = used, inserted, dropped  # type: ignore[method-assign]
+
+    def tell(self, verb: str, *arguments: Any) -> None:
+        """The model does it, too. What no pin means for a moment may be let go, until the pins are looked at again."""
+        getattr(self.model, verb)(*arguments)
+        for work in self.works:
+            if work.ref is not None:
+                now = self.model.resolve(work.ref)
+                if isinstance(now, tuple) and now != work.found:
+                    work.later.add(now[1])
+        self.meant.append(digests(self.model.wanted))
+        self.kept &= self.meant[-1]
 
     def _on_evict(self, digest: str) -> None:
         running = {one for seq in self.server.engine.scheduler.running for one in seq.digests}
@@ -147,11 +166,11 @@ class Tiers(RuleBasedStateMachine):
             case AdapterLoadFailed(code="adapter_too_large"):
                 assert self.has_pinned or sum(one.contents[n].nbytes for n in work.numbers) > budget
             case AdapterLoadFailed():
-                assert work.numbers & (bad | self.damaged), error
+                assert work.needed & (bad | self.damaged), error
             case InsufficientMemory():
                 pinned = self.server.engine.residency.pinned_bytes
                 largest = max(content.nbytes for content in one.contents)
-                assert pinned + sum(one.contents[n].nbytes for n in work.numbers) + largest > budget
+                assert pinned + sum(one.contents[n].nbytes for n in work.needed) + largest > budget
             case Overloaded():
                 is_full = self.server.service.num_running >= SEQUENCES + WAITING
                 assert is_full if work.kind == "ask" else self.clock.now > work.started + TIMEOUT
@@ -162,7 +181,7 @@ class Tiers(RuleBasedStateMachine):
 
     def let_go(self, work: Work) -> None:
         work.is_cancelled = True
-        self.strays |= digests(work.numbers)
+        self.strays |= digests(work.needed)
         assert work.task is not None
         work.task.cancel()
 
@@ -173,7 +192,7 @@ class Tiers(RuleBasedStateMachine):
         """The contents that something under way may hold on disk."""
         held = {bench().content_of[digest] for digest in self.neighbour.held}
         held |= {number for _, _, number in self.neighbour.uploads}
-        return held.union(*(work.numbers for work in self.works))
+        return held.union(*(work.needed for work in self.works))
 
     @invariant()
     def what_was_accepted_is_on_disk(self) -> None:

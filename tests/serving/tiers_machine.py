@@ -93,6 +93,7 @@ class TiersMachine(Tiers):
     def do(self, operation: tuple[str, dict[str, Any]]) -> None:
         verb, arguments = operation
         self.evicted.clear()
+        self.meant.clear()
         getattr(self, verb)(**arguments)
         self.reap()  # what came to its end while the verb took steps
 
@@ -123,7 +124,7 @@ class TiersMachine(Tiers):
         async def upload() -> None:
             done = await self.server.upload(name, number)
             assert number != POISON, "what gives NaN was accepted"
-            self.model.push(name, number)
+            self.tell("push", name, number)
             assert done.version.version == self.model.names[name].current
             if not work.is_hurt:
                 self.damaged.discard(number)
@@ -174,21 +175,23 @@ class TiersMachine(Tiers):
         found = self.model.resolve(ref)
         work = self.work(kind, *([found[1]] if isinstance(found, tuple) else []))
         tiers = self.server.service.tiers
+        work.ref, work.found = ref, found
         self.has_pinned |= kind == "pin"
 
         async def wish() -> None:
             if kind != "pin":
                 version = await tiers.prefetch(*ref, to=kind)  # type: ignore[arg-type]
                 places = self.server.engine.places
-                # several wishes may be fulfilled in one step, and the next turns the last one out
+                # several wishes may be fulfilled in one step, and the next turns the last out, of RAM or its place
                 assert version.digest in {*self.server.engine.cache, *self.evicted}
-                assert kind == "ram" or version.digest in places or len(places) == places.num_places
+                is_full = len(places) == places.num_places
+                assert kind == "ram" or version.digest in places or is_full or self.evicted
             else:
                 version = await tiers.pin(*ref, who="me")
-                self.model.pins.add(ref)
+                self.tell("pin", ref)
                 self.kept.add(version.digest)
             assert isinstance(found, tuple)
-            assert version.version == found[0]
+            assert version.version == found[0] or bench().content_of[version.digest] in work.later
 
         self.begin(wish(), work, is_awaited=is_awaited)
         if isinstance(work.error, ModelNotFound | AdapterQuarantined):
@@ -196,7 +199,7 @@ class TiersMachine(Tiers):
 
     def unpin(self, ref: Ref) -> None:
         wanted = {pin for pin in self.model.pins if pin[0] == ref[0] and ref[1] in (None, pin[1])}
-        self.model.pins -= wanted
+        self.tell("unpin", wanted)
         try:
             gone = self.server.finish(self.server.service.tiers.unpin(*ref, who="me"))
         except (InvalidRequest, ModelNotFound):
@@ -206,7 +209,7 @@ class TiersMachine(Tiers):
 
     def delete(self, ref: Ref) -> None:
         before = self.model.contents
-        self.model.delete(*ref)
+        self.tell("delete", *ref)
         try:
             deleted = self.server.finish(self.server.service.delete_adapter(*ref, who="me"))
         except ModelNotFound:
@@ -217,7 +220,7 @@ class TiersMachine(Tiers):
             assert digest not in engine.cache or engine.cache.num_leases(digest)
 
     def roll_back(self, name: str, to: int | None) -> None:
-        self.model.rollback(name, to)
+        self.tell("rollback", name, to)
         try:
             change = self.server.finish(self.server.service.rollback_adapter(name, to, who="me"))
             assert change.version.version == self.model.names[name].current
@@ -225,7 +228,7 @@ class TiersMachine(Tiers):
             pass  # that it changed nothing is looked at after every step
 
     def quarantine(self, number: int) -> None:
-        self.model.quarantine(number)
+        self.tell("quarantine", number)
         self.server.catalog.quarantine(bench().contents[number].digest, "it was asked for")
 
     def cancel(self, at: int) -> None:
@@ -260,13 +263,14 @@ class TiersMachine(Tiers):
         self.clock.now += seconds
         server, cache = self.server, self.server.engine.cache
         started, num_bad = self.clock.now, len(server.bad_loads)
+        self.meant.append(digests(self.model.wanted))
         server.finish(server.service.tiers._keep_pins())
         pinned = set(server.engine.residency.pinned)
-        wanted = digests(self.model.wanted)
-        assert pinned <= wanted | self.strays
+        half_way = digests({number for work in self.works if work.kind == "pin" for number in work.needed})
+        assert pinned <= self.strays.union(half_way, *self.meant)
         room = cache.maxsize - server.engine.residency.pinned_bytes
         largest = max(content.nbytes for content in bench().contents)
-        for digest in wanted - pinned:
+        for digest in set.intersection(*self.meant) - pinned:
             content = bench().contents[bench().content_of[digest]]
             is_late = self.clock.now >= started + TIMEOUT
             is_bad = digest in server.bad_loads[num_bad:] or bench().content_of[digest] in self.damaged
@@ -278,11 +282,13 @@ class TiersMachine(Tiers):
     def expire(self) -> None:
         engine, now = self.server.engine, self.clock.now
         waiting = {digest for seq in engine.scheduler.waiting for digest in seq.digests}
-        wishes = digests(frozenset().union(*(w.numbers for w in self.works if w.kind in ("pin", "ram", "device"))))
+        wishes = [work for work in self.works if work.ref is not None]
+        wanted = digests({number for work in wishes if not work.later for number in work.numbers})
+        perhaps = digests({number for work in wishes if work.later for number in work.needed})
         held = {digest for digest in engine.cache if engine.cache.num_leases(digest) or engine.cache.is_pinned(digest)}
-        idle = {digest for digest in engine.cache if now - self.last_use[digest] >= TTL} - held - waiting - wishes
+        idle = {digest for digest in engine.cache if now - self.last_use[digest] >= TTL} - held - waiting - wanted
         gone = set(self.server.finish(self.server.client.command("expire", seconds=TTL)))
-        assert idle - self.strays <= gone <= idle
+        assert idle - self.strays - perhaps <= gone <= idle
         assert not gone & set(engine.cache)
 
     # -- the disk ---------------------------------------------------------------------------------------------
@@ -355,10 +361,10 @@ class TiersMachine(Tiers):
         with stack:
             if is_accepted:
                 self.neighbour.publish(name, number)
-                self.model.push(name, number)
+                self.tell("push", name, number)
 
     def change(self, ref: Ref, verb: str) -> None:
-        getattr(self.model, verb)(*ref)
+        self.tell(verb, *ref)
         with suppress(ModelNotFound, AdapterConflict, AdapterQuarantined):
             getattr(self.neighbour.registry, verb)(*ref, who="me")
 

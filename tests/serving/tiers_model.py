@@ -53,6 +53,12 @@ class TiersModel(RegistryModel):
             return ModelNotFound
         return AdapterQuarantined if (name, version) in self.quarantined else (version, number_of(one.ready[version]))
 
+    def pin(self, ref: Ref) -> None:
+        self.pins.add(ref)
+
+    def unpin(self, pins: set[Ref]) -> None:
+        self.pins -= pins
+
     def drop_pins(self) -> None:
         """Of what is not there any more."""
         self.pins = {pin for pin in self.pins if self.resolve(pin) is not ModelNotFound}

@@ -27,11 +27,10 @@ VERSION_HEADER = "x-loraplex-adapter"
 async def held_files(service: Service, model: str) -> AsyncIterator[tuple[Version, Path]]:
     """A version, served or not, and the folder of its files, which stay for the length of the block."""
     ref = parse_model(model)
-    version = await asyncio.to_thread(service.catalog.registry.look, ref.name, ref.version)
-    hold = service.catalog.hold(version.digest)
-    folder = await asyncio.to_thread(hold.__enter__)
+    hold = service.catalog.holding(lambda: service.catalog.registry.look(ref.name, ref.version))
+    held = await asyncio.to_thread(hold.__enter__)
     try:
-        yield version, folder
+        yield held
     finally:
         await asyncio.to_thread(hold.__exit__, None, None, None)
 

@@ -5,8 +5,8 @@
 What stands between the two, the proof, is `acceptance`'s. Synchronous and thread-safe; called from worker threads.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import URL
 
 from loraplex.engine.build import EngineInfo
-from loraplex.errors import AdapterConflict, AdapterQuarantined, AdapterTooLarge
+from loraplex.errors import AdapterConflict, AdapterLoadFailed, AdapterQuarantined, AdapterTooLarge
 from loraplex.lora.event import SERVER, Event
 from loraplex.lora.facts import AdapterFacts
 from loraplex.lora.reader import AdapterReader, Checked
@@ -219,6 +219,23 @@ class AdapterCatalog:
     def hold(self, digest: str) -> AbstractContextManager[Path]:
         """Keep the adapter's files on disk for the length of a `with` block."""
         return self.store.hold(digest)
+
+    @contextmanager
+    def holding(self, find: Callable[[], Version]) -> Iterator[tuple[Version, Path]]:
+        """The version that `find` gives, and the folder of its files, which stay for the length of a `with` block.
+        Raises as `find`, and AdapterLoadFailed when the disk has lost them."""
+        while True:
+            found = find()
+            try:
+                folder = self.store.acquire(found.digest)
+                break
+            except AdapterLoadFailed:
+                if find() == found:  # else it was deleted or replaced between the two lines above
+                    raise
+        try:
+            yield found, folder
+        finally:
+            self.store.release(found.digest)
 
     def history(self, name: str | None, offset: int, limit: int) -> tuple[Sequence[Event], int]:
         """The changes of `name`, or of all, latest first, and how many there are. Raises ModelNotFound."""

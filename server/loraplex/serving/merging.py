@@ -30,17 +30,9 @@ class Merging:
                 "This server was started without merging. Start it with --merge manual or --merge auto.",
                 code="merging_is_off",
             )
-        found = await asyncio.to_thread(self._catalog.get, name, version)
-        if not self._catalog.is_served(found):
-            raise ModelNotFound(f"{found.model_id} is not served, so it is not merged.", param="model")
-        if found.parent is not None:
-            raise NotMergeable(
-                f"{found.model_id} is a sum, since it stands on {found.parent}, and merged weights are one adapter's. "
-                "Make one adapter of the sum (loraplex merge) and push that."
-            )
         # its files stay while the engine may read them
-        hold = self._catalog.hold(found.digest)
-        await asyncio.to_thread(hold.__enter__)
+        hold = self._catalog.holding(lambda: self._mergeable(name, version))
+        found, _ = await asyncio.to_thread(hold.__enter__)
         try:
             use = AdapterUse(found.digest, found.facts.num_values * self._bytes_per_value)
             status: MergeStatus = await self._engine.command("merge", use=use)
@@ -49,6 +41,17 @@ class Merging:
         if status.failure is not None:
             raise as_error(status.failure)
         return found, status
+
+    def _mergeable(self, name: str, version: int | None) -> Version:
+        found = self._catalog.get(name, version)
+        if not self._catalog.is_served(found):
+            raise ModelNotFound(f"{found.model_id} is not served, so it is not merged.", param="model")
+        if found.parent is not None:
+            raise NotMergeable(
+                f"{found.model_id} is a sum, since it stands on {found.parent}, and merged weights are one adapter's. "
+                "Make one adapter of the sum (loraplex merge) and push that."
+            )
+        return found
 
     async def unmerge(self, name: str, version: int | None = None) -> Version:
         """Drop the merged weights of what `name` means now. Raises InvalidRequest when there are none."""

@@ -2,7 +2,7 @@
 where."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -11,7 +11,7 @@ import structlog
 from loraplex.engine.adapter_residency import AdapterStanding, TiersView, Wish
 from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse, Failure
-from loraplex.errors import AdapterQuarantined, InvalidRequest, LoraplexError, ModelNotFound
+from loraplex.errors import AdapterLoadFailed, AdapterQuarantined, InvalidRequest, LoraplexError, ModelNotFound
 from loraplex.lora.pins import Pin
 from loraplex.lora.version import Version
 from loraplex.serving.catalog import AdapterCatalog
@@ -45,11 +45,10 @@ class Tiers:
     async def pin(self, name: str, version: int | None = None, *, who: str) -> Version:
         """Keep what `name` means in RAM, with what it stands on, and what it will mean, or exactly `version`; also over
         restarts. Raises ModelNotFound, InsufficientMemory when another adapter would have no room left."""
-        found = await asyncio.to_thread(self._catalog.get, name, version)
+        await asyncio.to_thread(self._catalog.get, name, version)  # what is not there need not wait to be refused
         async with self._keeping:
             try:
-                for one in await asyncio.to_thread(self._catalog.path, found):
-                    await self._pin(one)
+                found = await self._with_path(name, version, self._pin)
             except LoraplexError:
                 self.wake()  # what it stands on may be pinned already
                 raise
@@ -73,10 +72,20 @@ class Tiers:
     async def prefetch(self, name: str, version: int | None = None, *, to: Literal["ram", "device"]) -> Version:
         """Bring an adapter, and what it stands on, in ahead of its first request. Raises ModelNotFound,
         InsufficientMemory, Overloaded when there is no room that nobody needs."""
-        found = await asyncio.to_thread(self._catalog.get, name, version)
-        for one in await asyncio.to_thread(self._catalog.path, found):
-            await self._bring(one, to)
-        return found
+        return await self._with_path(name, version, lambda one: self._bring(one, to))
+
+    async def _with_path(self, name: str, version: int | None, do: Callable[[Version], Awaitable[None]]) -> Version:
+        """Do something to what `name` means, and to what it stands on before. What is deleted or replaced while that
+        waits is looked up anew."""
+        while True:
+            found = await asyncio.to_thread(self._catalog.get, name, version)
+            try:
+                for one in await asyncio.to_thread(self._catalog.path, found):
+                    await do(one)
+                return found
+            except AdapterLoadFailed:
+                if await asyncio.to_thread(self._catalog.get, name, version) == found:
+                    raise
 
     async def standing(self, version: Version) -> AdapterStanding:
         (standing,) = await self._engine.command("standings", digests=(version.digest,))
