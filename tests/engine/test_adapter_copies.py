@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from harness import Driver, World, make_world, random_ids, request
-from loraplex.engine.adapter_pool import PLACE_ALIGNMENT, AdapterPool
+from loraplex.engine.adapter_pool import AdapterPool
 from loraplex.engine.engine import Engine
 from loraplex.engine.messages import Command, FinishReason
+from loraplex.lora.weights import SLAB_ALIGNMENT
 
 RANK = 4
 PLACES = 2
@@ -322,7 +323,7 @@ def test_a_swap_allocates_nothing(world: World):
     pool = world.runner.pool
     assert pool._memory is not None
     start, size = pool._memory.data_ptr(), pool._memory.shape[1]
-    assert size % PLACE_ALIGNMENT == 0
+    assert size % SLAB_ALIGNMENT == 0
     *fitting, large = world.adapters.values()
     for weights in fitting:
         for place in range(pool.num_places):

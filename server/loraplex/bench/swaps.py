@@ -18,14 +18,13 @@ from typing import Any
 import torch
 
 from loraplex.bench.random_model import random_adapter, random_llama
-from loraplex.engine.adapter_pool import place_bytes_for
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.copy_stream import CudaCopyStream
 from loraplex.engine.engine import Engine
 from loraplex.engine.messages import AdapterUse, EngineRequest
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.sampling_params import SamplingParams
-from loraplex.lora.weights import LoRAWeights
+from loraplex.lora.weights import LoRAWeights, aligned
 from loraplex.model.devices import choose_device, choose_dtype, set_threads
 from loraplex.model.loader import measure_geometry, wrap_model
 
@@ -82,7 +81,7 @@ class SwapBench:
             num_blocks=blocks * (settings.steady + settings.spare),
             max_loras=settings.steady_adapters + settings.spare,
             adapter_cache_bytes=sum(weights.nbytes for weights in adapters) + 1,
-            place_bytes=place_bytes_for(adapters[0].nbytes) if is_cuda else 0,
+            place_bytes=aligned(adapters[0].nbytes) if is_cuda else 0,
             graph_rank=settings.rank if settings.graphs else None,
         )
         runner = ModelRunner(base, measure_geometry(base.model), config)

@@ -48,19 +48,20 @@ def _print_version(is_wanted: bool) -> None:
 
 @app.callback()
 def loraplex(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """An inference server for many LoRA adapters on one frozen base model."""
+    context.with_resource(connected())
 
 
 def main() -> None:
     """Run the command line. `failures` has the exit codes."""
     as_json = "--json" in sys.argv
     try:
-        with connected():
-            sys.exit(app(standalone_mode=False))
+        sys.exit(app(standalone_mode=False))
     except LoraplexError as error:
         tell(error, as_json=as_json)
         sys.exit(exit_code_of(error))

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from contextvars import ContextVar
+from functools import cached_property
 from typing import Any
 from urllib.parse import quote
 
@@ -52,35 +53,50 @@ def download(path: str) -> Iterator[httpx2.Response]:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """The requests within the block share one client, and so its connection."""
+    """Commands run within such a block. Their requests share one client, and so its connection."""
+    server = _Server()
+    token = _server.set(server)
     try:
         yield
     finally:
-        if _server.cache_info().currsize:
-            _server().client.close()
-            _server.cache_clear()
+        _server.reset(token)
+        server.close()
 
 
 class _Server:
-    def __init__(self, settings: ClientSettings):
-        self.url = settings.url.rstrip("/")
-        if not self.url.lower().startswith(("http://", "https://")):
-            hint = "" if "://" in self.url else f", as http://{self.url}"
-            raise UsageError(f"LORAPLEX_URL is {settings.url!r}. Let it begin with http:// or https://{hint}.")
-        headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
+    """The one that the settings name. They are read for the first request, and the client is made for it: its SSL
+    context alone takes longer than that."""
+
+    @cached_property
+    def _settings(self) -> ClientSettings:
+        return ClientSettings()
+
+    @cached_property
+    def url(self) -> str:
+        url = self._settings.url.rstrip("/")
+        if not url.lower().startswith(("http://", "https://")):
+            hint = "" if "://" in url else f", as http://{url}"
+            raise UsageError(f"LORAPLEX_URL is {self._settings.url!r}. Let it begin with http:// or https://{hint}.")
+        return url
+
+    @cached_property
+    def client(self) -> httpx2.Client:
+        key = self._settings.api_key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx2.Limits(keepalive_expiry=_IDLE_SECONDS)
-        self.client = httpx2.Client(headers=headers, timeout=_TIMEOUT, limits=limits)
+        return httpx2.Client(headers=headers, timeout=_TIMEOUT, limits=limits)
+
+    def close(self) -> None:
+        if "client" in self.__dict__:
+            self.client.close()
 
 
-@cache
-def _server() -> _Server:
-    """Made for the first request: its SSL context alone takes longer than that."""
-    return _Server(ClientSettings())
+_server: ContextVar[_Server] = ContextVar("server")  # of the block `connected` that runs
 
 
 @contextmanager
 def _answering() -> Iterator[_Server]:
-    server = _server()
+    server = _server.get()
     try:
         yield server
     except httpx2.InvalidURL as error:

@@ -20,14 +20,6 @@ from loraplex.engine.durations import Durations
 from loraplex.lora.weights import Extra, LoRAWeights, ModuleDelta, ModuleShape
 from loraplex.ops import ModulePool, module_table
 
-PLACE_ALIGNMENT = 256
-"""Bytes: places begin at its multiples, so that a device may load the widest words."""
-
-
-def place_bytes_for(nbytes: int) -> int:
-    """Of a place for slabs of up to `nbytes`."""
-    return -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
-
 
 class AdapterPool:
     def __init__(
@@ -39,7 +31,7 @@ class AdapterPool:
         place_bytes: int = 0,
     ):
         """`with_tables`: the kernels read places and ranks on the device (`triton_ops`). `place_bytes`: memory that
-        each place has of its own, a multiple of `PLACE_ALIGNMENT`; 0: none."""
+        each place has of its own, a multiple of `SLAB_ALIGNMENT`; 0: none."""
         self.num_places = num_places
         # row by row, a place's slab from its start
         self._memory = torch.empty(num_places, place_bytes, dtype=torch.uint8, device=device) if place_bytes else None

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from loraplex.engine.adapter_loads import ReadAdapter
-from loraplex.engine.adapter_pool import place_bytes_for
 from loraplex.engine.config import EngineConfig
 from loraplex.engine.copy_stream import CudaCopyStream
 from loraplex.engine.engine import Engine
@@ -19,7 +18,7 @@ from loraplex.engine.memory import available_memory, total_memory
 from loraplex.engine.runner import ModelRunner
 from loraplex.engine.slab_arena import slab_allocator
 from loraplex.errors import StartupError
-from loraplex.lora.weights import AllocateSlab, ModuleShape, slab_numel
+from loraplex.lora.weights import AllocateSlab, ModuleShape, aligned, slab_numel
 from loraplex.model.attention import LayerGeometry
 from loraplex.model.devices import choose_device, choose_dtype, keep_large_blocks_apart, set_threads
 from loraplex.model.linear import is_packed
@@ -231,7 +230,7 @@ def _place_bytes(spec: EngineSpec, base: BaseModel) -> int:
     if base.device.type == "cpu":
         return 0
     ranks = ((s, spec.max_lora_rank) for s in base.targets.values() if s.kind in ("linear", "experts"))
-    return place_bytes_for(slab_numel(ranks) * base.dtype.itemsize)
+    return aligned(slab_numel(ranks) * base.dtype.itemsize)
 
 
 _HOW_TO_FIT = {

@@ -5,7 +5,7 @@ make the device finish what it has begun (CUDA C++ Programming Guide, "Implicit 
 the first request and never again. torch's own pinned allocator will not do: it pins whenever it has no block of the
 size, rounds sizes up to powers of two, and keeps every block it ever had, so --adapter-cache-bytes would not bound it.
 
-    block  | slab | free | slab | slab | free ... |      ranges of bytes, multiples of ALIGNMENT
+    block  | slab | free | slab | slab | free ... |      ranges of bytes, multiples of SLAB_ALIGNMENT
 
 A slab is a tensor over its range. The range is free again when the last tensor over it is gone, whoever holds it.
 """
@@ -21,10 +21,7 @@ import torch
 
 from loraplex.engine.memory import available_memory
 from loraplex.errors import StartupError
-from loraplex.lora.weights import AllocateSlab, allocate_slab
-
-ALIGNMENT = 256
-"""Bytes at whose multiples slabs begin: what the widest loads of a device and torch's own allocator ask for."""
+from loraplex.lora.weights import SLAB_ALIGNMENT, AllocateSlab, aligned, allocate_slab
 
 Pin = Callable[[torch.Tensor], Callable[[], object]]
 """Pins the memory of a tensor; returns what unpins it."""
@@ -39,24 +36,22 @@ class SlabArena:
         self._bytes: np.ndarray = block.numpy()
         weakref.finalize(self._bytes, pin(block)).atexit = False  # then the process's memory goes as a whole
         self._lock = threading.Lock()  # guards _free
-        self._free: list[tuple[int, int]] = [(0, nbytes // ALIGNMENT * ALIGNMENT)]  # by start, no two of them adjacent
+        self._free: list[tuple[int, int]] = [(0, nbytes // SLAB_ALIGNMENT * SLAB_ALIGNMENT)]  # by start, never adjacent
         # A deque, since a slab may die in any thread at any time, also in one that holds the lock.
         self._returned: deque[tuple[int, int]] = deque()
-        self.num_outside = 0  # slabs that found no range
 
     def allocate(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised slab of `numel` elements: of the smallest free range that holds it, so that a slab of the
         same size finds the range of the one it replaces. Where slabs of different sizes have left no range that is
         large enough, it is ordinary memory: right, and slower to copy."""
         nbytes = numel * dtype.itemsize
-        size = -(-max(1, nbytes) // ALIGNMENT) * ALIGNMENT
+        size = aligned(max(1, nbytes))
         with self._lock:
             self._take_back()
             start, end = min(
                 (one for one in self._free if one[1] - one[0] >= size), key=lambda one: one[1] - one[0], default=(0, 0)
             )
             if end == 0:
-                self.num_outside += 1
                 return allocate_slab(numel, dtype)
             self._free.remove((start, end))
             if start + size < end:

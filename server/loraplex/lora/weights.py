@@ -187,6 +187,16 @@ def slab_numel(ranks: Iterable[tuple[ModuleShape, int]]) -> int:
     return sum(shape.num_experts * rank * (shape.in_features + shape.out_features) for shape, rank in ranks)
 
 
+SLAB_ALIGNMENT = 256
+"""Bytes at whose multiples slabs begin where a device reads them: the widest loads and torch's own allocator ask for
+it."""
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes of a range for a slab of `nbytes` that others follow."""
+    return -(-nbytes // SLAB_ALIGNMENT) * SLAB_ALIGNMENT
+
+
 AllocateSlab = Callable[[int, torch.dtype], torch.Tensor]
 """(elements, dtype) -> an uninitialised 1-D tensor on the CPU; called in any thread."""
 
