@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from loraplex.api.adapters import _receive
+from loraplex.api import receiving as receiving_module
+from loraplex.api.receiving import receive
 from loraplex.serving.background import Background
 
 PIECE = b"x" * (1 << 20)
@@ -49,12 +50,12 @@ class Asked:
 @pytest.fixture
 def service():
     background = Background(2)
-    yield SimpleNamespace(background=background)
+    yield SimpleNamespace(background=background, num_running=0)
     background.close()
 
 
 def receiving(asked: Any, body: Any, service: Any) -> asyncio.Task[None]:
-    return asyncio.ensure_future(_receive(asked, body, service))
+    return asyncio.ensure_future(receive(asked, body, service))
 
 
 async def test_pieces_arrive_in_order(service):
@@ -94,3 +95,35 @@ async def test_a_refused_piece_ends_it(service):
     with pytest.raises(ValueError, match="refused"):
         await receiving(Asked([PIECE] * 50), body, service)
     assert len(body.taken) <= 2
+
+
+@pytest.mark.parametrize(
+    ("num_running", "seconds", "pauses"),
+    [(0, 0.01, []), (3, 0.01, [0.005] * 4), (3, 60.0, [0.02] * 4)],
+    ids=["idle", "beside requests", "a slow client"],
+)
+async def test_it_pauses_behind_every_piece_while_requests_run(
+    service, monkeypatch: pytest.MonkeyPatch, num_running: int, seconds: float, pauses: list[float]
+):
+    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    class Coming(Asked):
+        async def stream(self):
+            async for piece in super().stream():
+                clock.now += seconds
+                yield piece
+
+    async def noted(delay: float) -> None:
+        slept.append(delay)
+        await sleep(0)
+
+    monkeypatch.setattr(receiving_module, "time", clock)
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    service.num_running = num_running
+    body = SlowBody()
+    body.go_on.set()
+    await receiving(Coming([PIECE, PIECE, PIECE, b"end"]), body, service)
+    assert len(body.taken) == 4
+    assert slept == pytest.approx(pauses)

@@ -13,6 +13,7 @@ from loraplex.api.errors import is_json
 from loraplex.api.multipart import AdapterUpload, boundary_of
 from loraplex.api.openai import TheMetrics, TheService
 from loraplex.api.paging import Limit, Offset
+from loraplex.api.receiving import receive
 from loraplex.api.sources import fetch_adapter
 from loraplex.api.streaming import ClientGone
 from loraplex.api.tiers import describe_standing
@@ -27,8 +28,6 @@ from loraplex.serving.merging import describe_merge
 
 router = APIRouter(prefix="/v1/adapters")
 audit_router = APIRouter(prefix="/v1/audit")
-
-_BATCH_BYTES = 1 << 20
 
 
 @router.post("", status_code=201)
@@ -64,41 +63,11 @@ async def _upload(request: Request, service: Service) -> Catalogued:
         body = AdapterUpload(staging, boundary, checks)
         try:
             with service.acceptance.timing("receive"):
-                await _receive(request, body, service)
+                await receive(request, body, service)
                 name, parent = body.finish()
         finally:
             body.close()
         return await service.accept_upload(name, staging, caller_of(request), parent=parent)
-
-
-async def _receive(request: Request, body: AdapterUpload, service: Service) -> None:
-    """Feed the body to the staging in pieces worth a trip to a background thread: one is taken in there while the next
-    comes from the socket. When this ends, however it does, no thread is at work for it any more."""
-    pending: list[bytes] = []
-    feeding: asyncio.Future[None] | None = None
-
-    async def feed() -> None:
-        nonlocal feeding, pending
-        if feeding is not None:
-            await asyncio.shield(feeding)
-        feeding = asyncio.ensure_future(service.background.run(body.feed, b"".join(pending)))
-        pending = []
-
-    try:
-        size = 0
-        async for chunk in request.stream():
-            pending.append(chunk)
-            size += len(chunk)
-            if size >= _BATCH_BYTES:
-                await feed()
-                size = 0
-        await feed()
-        assert feeding is not None
-        await asyncio.shield(feeding)
-    finally:
-        if feeding is not None:
-            await asyncio.wait([feeding])  # what a thread is writing cannot be taken back
-            feeding.exception()  # whoever is to hear of it has
 
 
 @router.get("")
