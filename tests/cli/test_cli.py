@@ -301,6 +301,8 @@ def test_rollback_and_history(served: Served, inside):
     assert inside("rm", "draft@1", **env).stdout == "deleted draft@1; draft means draft@2 now\n"
     table = inside("history", "draft", **env).stdout
     assert all(word in table for word in ("local", "push", "rollback", "delete", "draft@1", "draft@2"))
+    assert " of " not in table
+    assert "the latest 2 of 6; --limit shows more" in inside("history", "draft", "--limit", 2, **env).stdout
     rows = json.loads(inside("history", "draft", "--json", **env).stdout)["data"]
     assert [row["action"] for row in rows] == ["delete", "rollback", "push", "rollback", "push", "push"]
     latest = json.loads(inside("history", "--limit", 2, "--json", **env).stdout)

@@ -14,6 +14,8 @@ from loraplex.cli.failures import UsageError
 from loraplex.cli.output import Json, console, print_json, progress
 from loraplex.lora.files import FILES, REQUIRED
 
+_MAX_LIMIT = 1000  # the API's
+
 
 def push(
     path: Annotated[Path, typer.Argument(help="A PEFT folder.")],
@@ -109,7 +111,7 @@ def rollback(
 
 def history(
     name: Annotated[str | None, typer.Argument(help="Name of the adapter. [default: all]")] = None,
-    limit: Annotated[int, typer.Option(help="Changes to show, the latest.", min=1, max=1000)] = 50,
+    limit: Annotated[int, typer.Option(help="Changes to show, the latest.", min=1, max=_MAX_LIMIT)] = 50,
     json_output: Json = False,
 ) -> None:
     """Show who changed an adapter, when and how, latest first."""
@@ -118,7 +120,11 @@ def history(
     if json_output:
         print_json(reply)
         return
-    table = Table("at", "who", "what", "version", "before", "since")
+    shown, total = len(reply["data"]), reply["total"]
+    caption = None
+    if shown < total:
+        caption = f"the latest {shown} of {total}" + ("; --limit shows more" if limit < _MAX_LIMIT else "")
+    table = Table("at", "who", "what", "version", "before", "since", caption=caption, caption_justify="left")
     for row in reply["data"]:
         version = row["name"] if row["version"] is None else f"{row['name']}@{row['version']}"
         values = (row["at"], row["who"], row["action"], version, _meant(row.get("was")), _meant(row.get("now")))
