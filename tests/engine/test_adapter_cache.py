@@ -262,4 +262,4 @@ class LrfuMachine(CacheMachine):
 TestCacheMachine = CacheMachine.TestCase
 TestLrfuMachine = LrfuMachine.TestCase
 for case in (TestCacheMachine, TestLrfuMachine):
-    case.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+    case.settings = settings(max_examples=100, stateful_step_count=40)

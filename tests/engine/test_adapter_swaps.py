@@ -208,7 +208,7 @@ def test_an_overdue_adapter_takes_no_place_that_an_earlier_one_waits_to_use():
     assert all(end.finish_reason is FinishReason.LENGTH for end in rig.ends.values())
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 10**6),
     places=st.integers(1, 4),
@@ -248,7 +248,7 @@ def test_whatever_comes_and_goes_everything_ends(
     assert not rig.cache.leased
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(
     seed=st.integers(0, 10**6),
     quantum=st.sampled_from([3, 8, 20]),

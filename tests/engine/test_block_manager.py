@@ -303,4 +303,4 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 TestBlockMachine = BlockMachine.TestCase
-TestBlockMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestBlockMachine.settings = settings(max_examples=60, stateful_step_count=40)

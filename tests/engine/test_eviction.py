@@ -86,7 +86,7 @@ def test_memory_of_what_left_is_bounded():
     assert policy.num_remembered <= 4 * Lrfu.HALF_LIFE * Lrfu.MEMORY * 5
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from("abcd"), max_size=60))
 def test_lrfu_is_the_sum_of_its_docstring(uses: list[str]):
     policy = filled(Lrfu(), dict.fromkeys("abcd", MIB))

@@ -9,7 +9,7 @@ from scheduler_rig import Rig, uses
 
 
 def examples(count: int) -> settings:
-    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    return settings(max_examples=count, suppress_health_check=[HealthCheck.too_slow])
 
 
 def prompt_steps(rig: Rig, longest: int) -> int:

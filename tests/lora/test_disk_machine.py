@@ -195,7 +195,5 @@ TestDiskMachine = DiskMachine.TestCase
 TestDiskMachine.settings = settings(
     max_examples=25,
     stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

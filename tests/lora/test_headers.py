@@ -159,7 +159,7 @@ def test_pickle_names(name: str):
     refuse_pickle_name("adapter_model.safetensors")
 
 
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_files_never_pass_with_a_lie(tmp_path: Path, data: st.DataObject):
     """Whatever is done to a file: refused, or every tensor lies inside the file and safetensors agrees."""
@@ -190,7 +190,7 @@ def test_mutated_files_never_pass_with_a_lie(tmp_path: Path, data: st.DataObject
         assert header.data_start + info.offset + info.nbytes <= len(content)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=64), st.integers(0, 2**40))
 def test_any_bytes_are_refused(start: bytes, size: int):
     with pytest.raises((AdapterInvalid, PickleRefused)):

@@ -262,7 +262,7 @@ EXPRESSIONS = [r".*\.(q|v)_proj", r".*layers\.\d+\..*proj", r"(?i).*Q_PROJ", r"a
                r"model\.layers\.(?:0|1)\..*", BROKEN, r"[a-z_.0-9]{5,40}"]  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     targets=st.lists(st.sampled_from(PARTS), min_size=1, max_size=4) | st.sampled_from(EXPRESSIONS),
     exclude=st.none() | st.lists(st.sampled_from(PARTS), max_size=2) | st.sampled_from(EXPRESSIONS),
@@ -290,7 +290,7 @@ def test_selection_is_pefts(targets: Any, exclude: Any, layers: Any, pattern: An
     assert [rules.selects(name) for name in NAMES] == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     table=st.dictionaries(
         st.sampled_from([*filter(None, PARTS), *EXPRESSIONS, r"^model.layers.\d.self_attn.q_proj", r".*layers.1.*"]),

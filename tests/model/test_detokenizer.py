@@ -1,7 +1,7 @@
 """Detokenizer: the pieces are the text, never half a character, whatever the tokens."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -71,7 +71,6 @@ def test_the_space_in_front_of_the_first_token_stays():
     assert pieces_of(byte_fallback(), [258, 259], prompt=[258]) == [" the", "the"]
 
 
-@settings(deadline=None)
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_any_text_comes_back(prompt, text):
     tokenizer = byte_level()
@@ -80,7 +79,6 @@ def test_any_text_comes_back(prompt, text):
     assert_whole_characters(pieces, text)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=12), st.binary(max_size=40))
 def test_any_bytes_lose_nothing(prompt, data):
     """Also what is no text: half characters become U+FFFD once it is sure that they stay halves."""

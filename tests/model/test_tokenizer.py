@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers
@@ -93,7 +93,6 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer):
     require_unicode("né 😀")
 
 
-@settings(deadline=None)
 @given(text=st.text(max_size=20))
 def test_the_bytes_of_the_tokens_are_the_text(text):
     tokenizer = _shared()

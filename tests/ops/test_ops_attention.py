@@ -189,7 +189,7 @@ def cases(draw: st.DrawFn) -> tuple[Paged, LayerAttention]:
     return case, layer
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_numba_equals_torch_on_any_batch(drawn: tuple[Paged, LayerAttention]) -> None:
     case, layer = drawn

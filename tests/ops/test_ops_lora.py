@@ -214,7 +214,7 @@ def batches(draw: st.DrawFn) -> tuple[ModulePool, LoRASegments, Tensor, Tensor]:
     return pool, make_segments(spans, pool), x, y
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(batches())
 def test_numba_equals_torch_on_any_batch(batch: tuple[ModulePool, LoRASegments, Tensor, Tensor]) -> None:
     pool, lora, x, y = batch

@@ -23,8 +23,6 @@ def run(num_runs: int, num_steps: int) -> None:
     chosen = settings(
         max_examples=num_runs,
         stateful_step_count=num_steps,
-        deadline=None,
-        derandomize=True,
         report_multiple_bugs=False,
         phases=[Phase.generate],  # shrinking takes many minutes; add it to look into a failure
         suppress_health_check=list(HealthCheck),
