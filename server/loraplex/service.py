@@ -39,6 +39,7 @@ from loraplex.lora.weights import AllocateSlab
 from loraplex.model.loader import BaseModel, read_config
 from loraplex.model.tokenizer import Tokenizer
 from loraplex.serving.acceptance import Acceptance
+from loraplex.serving.background import finished
 from loraplex.serving.catalog import AdapterCatalog, Catalogued
 from loraplex.serving.comparison import Comparisons
 from loraplex.serving.evaluating import Evaluations
@@ -200,7 +201,7 @@ class Service:
             hold = partial(self.names.hold, request.model)
             if not is_shadow:
                 hold = partial(self.routes.hold, request.model, request.asked)
-            held = await asyncio.to_thread(hold, lifetime)
+            held = await finished(asyncio.to_thread(hold, lifetime))
             text = await self.texts.of(held.resolved.adapter, held.folder)
             ends = text.end_token_ids - self.info.config.eos_token_ids
             request = request.with_defaults(text.profile, self._defaults, ends)
@@ -279,7 +280,7 @@ class Service:
         """The text side of what `model` means. Raises ModelNotFound and kin."""
         async with AsyncExitStack() as lifetime:
             main = await asyncio.to_thread(self.routes.main_target, model)
-            held = await asyncio.to_thread(self.names.hold, main, lifetime)
+            held = await finished(asyncio.to_thread(self.names.hold, main, lifetime))
             yield await self.texts.of(held.resolved.adapter, held.folder)
 
     async def _encode(self, request: GenerationRequest, text: AdapterText) -> list[tuple[int, ...]]:

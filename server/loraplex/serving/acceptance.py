@@ -8,8 +8,8 @@ goes when the proof fails. Until the last step the name means what it meant.
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.durations import Durations
 from loraplex.engine.messages import AdapterUse
 from loraplex.engine.proof_result import ProofResult
-from loraplex.errors import AdapterLoadFailed, AdapterTooLarge, LoraplexError, StartupError
+from loraplex.errors import AdapterLoadFailed, AdapterTooLarge, LoraplexError, StartupError, StorageFull
 from loraplex.lora.event import OPERATOR
 from loraplex.lora.parents import UNKNOWN_PARENT
 from loraplex.lora.staging import Staging
-from loraplex.serving.background import Background
+from loraplex.serving.background import Background, finished
 from loraplex.serving.catalog import AdapterCatalog, Catalogued, Prepared
 from loraplex.serving.generation import as_error
 from loraplex.serving.path_proof import PathProof
@@ -70,11 +70,12 @@ class Acceptance:
     ) -> Catalogued:
         """Make staged files what `name` means, on top of what `parent` means. `source`: where they came from, for
         users. Raises AdapterError and kin; then nothing is kept."""
-        async with self._accepting:
+        async with self._accepting, self._withdrawing(staging):
             with self.timing("check"):
                 brought = await self._texts.inspect(staging.folder)
-                prepared = await self.background.run(self._catalog.prepare, name, staging, brought, parent)
-            return await self._publish(prepared, staging, source, who)
+                preparing = self.background.run(self._catalog.prepare, name, staging, brought, parent)
+                prepared = await finished(preparing)
+            return await self._publish(prepared, source, who)
 
     async def folders(self, named: Sequence[tuple[str, Path]]) -> None:
         """Register an operator's PEFT folders by name, those that others stand on first. Raises StartupError."""
@@ -99,24 +100,32 @@ class Acceptance:
         brought = await self._texts.inspect(folder)
         with ExitStack() as stack:
             held = self._catalog.store.import_folder(folder, brought.unneeded)
-            staging = await asyncio.to_thread(stack.enter_context, held)
+            staging = await finished(asyncio.to_thread(stack.enter_context, held))
             known = await asyncio.to_thread(self._catalog.known, name, staging.digest, brought.parent)
             if known is not None:
                 return Catalogued(known, False, known)
-            prepared = await asyncio.to_thread(self._catalog.prepare, name, staging, brought)
-            return await self._publish(prepared, staging, f"folder:{folder.name}", OPERATOR)
+            async with self._withdrawing(staging):
+                prepared = await finished(asyncio.to_thread(self._catalog.prepare, name, staging, brought))
+                return await self._publish(prepared, f"folder:{folder.name}", OPERATOR)
 
-    async def _publish(self, prepared: Prepared, staging: Staging, source: str, who: str) -> Catalogued:
-        try:
-            with self.timing("prove"):
-                proof = await self._prove(prepared)
-                if proof is not None and prepared.path and self._path_proof is not None:
-                    proof["path"] = await self._path_proof.run(prepared)
-        except BaseException:
-            await asyncio.to_thread(self._catalog.withdraw, staging)
-            raise
+    async def _publish(self, prepared: Prepared, source: str, who: str) -> Catalogued:
+        with self.timing("prove"):
+            proof = await self._prove(prepared)
+            if proof is not None and prepared.path and self._path_proof is not None:
+                proof["path"] = await self._path_proof.run(prepared)
         with self.timing("publish"):
-            return await asyncio.to_thread(self._catalog.publish, prepared, proof, source, who)
+            return await finished(asyncio.to_thread(self._catalog.publish, prepared, proof, source, who))
+
+    @asynccontextmanager
+    async def _withdrawing(self, staging: Staging) -> AsyncIterator[None]:
+        """What fails within the block leaves no blob, unless it is a version's."""
+        try:
+            yield
+        except BaseException:
+            if staging.held:
+                with suppress(StorageFull):  # then a later sweep takes it
+                    await finished(asyncio.to_thread(self._catalog.withdraw, staging))
+            raise
 
     async def _prove(self, prepared: Prepared) -> dict[str, Any] | None:
         """The record of the proof, of an earlier one if there is one of the same files on this base."""

@@ -1,10 +1,11 @@
-"""Background: threads for work that requests must not feel: uploads are written, hashed and checked there."""
+"""Background: threads for work that requests must not feel: uploads are written, hashed and checked there. And
+`finished`: how to wait for a thread that takes something."""
 
 import asyncio
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
@@ -30,6 +31,22 @@ class Background:
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+async def finished(work: Awaitable[T], give_up: Callable[[], object] = lambda: None) -> T:
+    """What `work`, done by a thread, gives. When this is cancelled the thread goes on, so it is told to `give_up` and
+    waited for: what it takes in its last moments is there for its owner to let go."""
+    future = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        give_up()
+        while not future.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()  # nobody else is there to see it
+        raise
 
 
 def _give_way() -> None:

@@ -9,7 +9,7 @@ import structlog
 
 from loraplex.errors import SourceUnavailable
 from loraplex.lora.staging import Staging
-from loraplex.serving.background import Background
+from loraplex.serving.background import Background, finished
 from loraplex.serving.catalog import AdapterCatalog, Catalogued
 from loraplex.sources.allow_list import AllowList
 from loraplex.sources.source import Source
@@ -68,7 +68,7 @@ class Fetching:
             with attempt:
                 transfer.begin_try()
                 with self._catalog.store.stage() as staging:  # fresh: nothing of an earlier try is in it
-                    await self._threads.run(source.fetch, staging, transfer)
+                    await finished(self._threads.run(source.fetch, staging, transfer), give_up=transfer.stop)
                     logger.info("adapter fetched", source=source.shown, bytes=transfer.bytes_done, tries=transfer.tries)
                     return await self._accept(name, staging, who, source.shown, parent)
         raise AssertionError("the last try returns or raises")

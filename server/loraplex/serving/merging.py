@@ -1,6 +1,7 @@
 """Merging: merged weights by name, and how they stand."""
 
 import asyncio
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +10,7 @@ from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse
 from loraplex.errors import InvalidRequest, ModelNotFound, NotMergeable
 from loraplex.lora.version import Version
+from loraplex.serving.background import finished
 from loraplex.serving.catalog import AdapterCatalog
 from loraplex.serving.generation import as_error
 
@@ -32,12 +34,10 @@ class Merging:
             )
         # its files stay while the engine may read them
         hold = self._catalog.holding(lambda: self._mergeable(name, version))
-        found, _ = await asyncio.to_thread(hold.__enter__)
-        try:
+        with ExitStack() as stack:
+            found, _ = await finished(asyncio.to_thread(stack.enter_context, hold))
             use = AdapterUse(found.digest, found.facts.num_values * self._bytes_per_value)
             status: MergeStatus = await self._engine.command("merge", use=use)
-        finally:
-            await asyncio.to_thread(hold.__exit__, None, None, None)
         if status.failure is not None:
             raise as_error(status.failure)
         return found, status

@@ -16,6 +16,7 @@ from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse, Composition, EngineRequest, TokenLogprobs
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import AdapterInvalid, ProofTimedOut
+from loraplex.serving.background import finished
 from loraplex.serving.catalog import AdapterCatalog, Prepared
 from loraplex.serving.generation import NON_FINITE, as_error
 
@@ -40,7 +41,7 @@ class PathProof:
         parent = [one.digest for one in prepared.path]
         with ExitStack() as stack:
             for digest in sizes:  # the files stay while the engine may read them
-                await asyncio.to_thread(stack.enter_context, self._catalog.hold(digest))
+                await finished(asyncio.to_thread(stack.enter_context, self._catalog.hold(digest)))
             found = await self._measure(_sum([*parent, prepared.digest], sizes), _sum(parent, sizes))
         return {"adapters": [one.model_id for one in prepared.path], **found}
 
