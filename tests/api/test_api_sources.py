@@ -130,7 +130,7 @@ def test_a_client_that_leaves_takes_its_transfer_with_it(make_settings, root: Pa
                 with pytest.raises(httpx2.ReadTimeout):
                     server.client.post(path, json=body, timeout=0.5)
             assert load(server, "local", root / "two").status_code == 200
-            assert server.client.get("/v1/transfers").json()["data"] == []
+            server.wait_until(lambda: not server.client.get("/v1/transfers").json()["data"], "the threads' end")
             names = {row["name"] for row in server.client.get("/v1/adapters").json()["data"]}
             assert names == {"red", "blue", "local"}
             metrics = server.client.get("/metrics").text
