@@ -133,6 +133,6 @@ def test_a_client_that_leaves_takes_its_transfer_with_it(make_settings, root: Pa
             server.wait_until(lambda: not server.client.get("/v1/transfers").json()["data"], "the threads' end")
             names = {row["name"] for row in server.client.get("/v1/adapters").json()["data"]}
             assert names == {"red", "blue", "local"}
-            metrics = server.client.get("/metrics").text
-            assert 'loraplex_uploads_total{result="broken_off"} 2.0' in metrics
+            counted = 'loraplex_uploads_total{result="broken_off"} 2.0'
+            server.wait_until(lambda: counted in server.client.get("/metrics").text, "the count of both")
             server.check_at_rest()
