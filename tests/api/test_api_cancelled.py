@@ -40,6 +40,30 @@ async def pin(service: Service) -> None:
     await service.tiers.pin("red", who="me")
 
 
+class Slow:
+    """A function that waits in its thread until it is let on."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+        self._entering, self._go_on = threading.Event(), threading.Event()
+
+    def __call__(self, *args: Any) -> Any:
+        self._entering.set()
+        assert self._go_on.wait(30)
+        return self._function(*args)
+
+    async def cancel_within(self, work: Coroutine[Any, Any, object]) -> None:
+        """Cancel `work` while a thread of its is in here."""
+        task = asyncio.ensure_future(work)
+        await asyncio.to_thread(self._entering.wait, 30)
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=0.05)
+        self._go_on.set()
+        assert not done, "it ended while a thread was at work for it"
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
 WAYS = (generate, look_at_text, look_at_files, prefetch, pin)
 
 
@@ -48,26 +72,9 @@ def test_cancelled_while_a_hold_is_taken(
     server: LiveServer, monkeypatch: pytest.MonkeyPatch, way: Callable[[Service], Coroutine[Any, Any, None]]
 ):
     store = server.service.catalog.store
-    acquire = store.acquire
-    entering, go_on = threading.Event(), threading.Event()
-
-    def slow(digest: str) -> Path:
-        entering.set()
-        assert go_on.wait(30)
-        return acquire(digest)
-
-    async def cancelled() -> None:
-        task = asyncio.ensure_future(way(server.service))
-        await asyncio.to_thread(entering.wait, 30)
-        task.cancel()
-        done, _ = await asyncio.wait([task], timeout=0.05)
-        go_on.set()
-        assert not done, "it ended while a thread was at work for it"
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
+    slow = Slow(store.acquire)
     monkeypatch.setattr(store, "acquire", slow)
-    server.call(cancelled())
+    server.call(slow.cancel_within(way(server.service)))
     assert not store._holds
     monkeypatch.undo()
     server.call(way(server.service))  # and nothing stands in the way of the next
@@ -82,24 +89,11 @@ def test_an_acceptance_that_is_cancelled_leaves_nothing_half(
     service = server.service
     catalog, store = service.catalog, service.catalog.store
     folder = save_adapter(base_folder, tmp_path / "late", seed=77, r=2)
-    work = getattr(catalog, step)
-    entering, go_on = threading.Event(), threading.Event()
-
-    def slow(*args: Any) -> Any:
-        entering.set()
-        assert go_on.wait(30)
-        return work(*args)
+    slow = Slow(getattr(catalog, step))
 
     async def cancelled() -> None:
         with store.import_folder(folder) as staging:
-            task = asyncio.ensure_future(service.acceptance.upload("late", staging, "me"))
-            await asyncio.to_thread(entering.wait, 30)
-            task.cancel()
-            done, _ = await asyncio.wait([task], timeout=0.05)
-            go_on.set()
-            assert not done, "it ended while a thread was at work for it"
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            await slow.cancel_within(service.acceptance.upload("late", staging, "me"))
 
     before = store.digests()
     monkeypatch.setattr(catalog, step, slow)

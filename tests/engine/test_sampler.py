@@ -30,6 +30,10 @@ def sequence(prompt=(3, 4), output=(), choice: int = 0, **params) -> Sequence:
     return seq
 
 
+def sample(sampler: Sampler, logits: torch.Tensor, seqs: list) -> list[int]:
+    return sampler.choose(logits, seqs).tolist()
+
+
 def draws(sampler: Sampler, logits: torch.Tensor, count: int, **params) -> torch.Tensor:
     """How often each token comes at `count` positions of one sequence."""
     seqs = []
@@ -37,7 +41,7 @@ def draws(sampler: Sampler, logits: torch.Tensor, count: int, **params) -> torch
         seq = sequence(**params)
         seq.token_ids += [0] * position
         seqs.append(seq)
-    tokens = sampler.sample(logits.expand(count, -1).clone(), seqs)
+    tokens = sample(sampler, logits.expand(count, -1).clone(), seqs)
     return torch.bincount(torch.tensor(tokens), minlength=len(logits))
 
 
@@ -106,20 +110,20 @@ def test_a_row_is_the_same_in_any_batch(sampler: Sampler):
         {"temperature": 1.0, "min_p": 0.1, "repetition_penalty": 1.3},
     ]
     seqs = [sequence(output=range(i), seed=i, choice=i % 3, **kinds[i % len(kinds)]) for i in range(40)]
-    together = sampler.sample(logits.clone(), seqs)
-    assert [sampler.sample(logits[i : i + 1].clone(), [seqs[i]])[0] for i in range(40)] == together
+    together = sample(sampler, logits.clone(), seqs)
+    assert [sample(sampler, logits[i : i + 1].clone(), [seqs[i]])[0] for i in range(40)] == together
     order = torch.randperm(40, generator=generator).tolist()
-    assert sampler.sample(logits[order].clone(), [seqs[i] for i in order]) == [together[i] for i in order]
+    assert sample(sampler, logits[order].clone(), [seqs[i] for i in order]) == [together[i] for i in order]
 
 
 def test_a_draw_depends_on_seed_choice_and_position(sampler: Sampler):
     flat = torch.zeros(1, 5000)
     variants = [{}, {"seed": 1}, {"choice": 1}, {"output": [5]}]
-    tokens = [sampler.sample(flat.clone(), [sequence(temperature=1.0, **variant)])[0] for variant in variants]
+    tokens = [sample(sampler, flat.clone(), [sequence(temperature=1.0, **variant)])[0] for variant in variants]
     assert len(set(tokens)) == len(variants)
     # ... and on nothing else: not the prompt, nor what the output was.
     same = [
-        sampler.sample(flat.clone(), [sequence(prompt, [token], temperature=1.0)])[0]
+        sample(sampler, flat.clone(), [sequence(prompt, [token], temperature=1.0)])[0]
         for prompt, token in (((3, 4), 5), ((9,), 8))
     ]
     assert same == [tokens[3]] * 2
@@ -131,19 +135,19 @@ def test_small_differences_change_few_draws(sampler: Sampler):
     logits = torch.randn(500, 200, generator=generator) * 4
     noisy = logits + torch.randn(logits.shape, generator=generator) * 0.01
     seqs = [sequence(seed=i, temperature=1.0) for i in range(500)]
-    changed = sum(a != b for a, b in zip(sampler.sample(logits, seqs), sampler.sample(noisy, seqs), strict=True))
+    changed = sum(a != b for a, b in zip(sample(sampler, logits, seqs), sample(sampler, noisy, seqs), strict=True))
     assert changed <= 15
 
 
 def test_greedy_takes_the_first_of_equals(sampler: Sampler):
-    assert sampler.sample(torch.tensor([[0.0, 3.0, 3.0, 1.0]]), [sequence(temperature=0.0)]) == [1]
-    assert sampler.sample(torch.empty(0, 4), []) == []
+    assert sample(sampler, torch.tensor([[0.0, 3.0, 3.0, 1.0]]), [sequence(temperature=0.0)]) == [1]
+    assert sample(sampler, torch.empty(0, 4), []) == []
 
 
 def test_a_tiny_temperature_is_greedy_and_not_a_nan(sampler: Sampler):
     for temperature in (1e-300, 1e-38, 1e-5, 1e-3):
         seq = sequence(temperature=temperature, top_p=0.9, top_k=3, min_p=0.1)
-        assert sampler.sample(LOGITS.unsqueeze(0) * 50, [seq]) == [3]
+        assert sample(sampler, LOGITS.unsqueeze(0) * 50, [seq]) == [3]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 12, 300, 2000])
@@ -185,7 +189,7 @@ def test_choosing_waits_for_no_device(monkeypatch: pytest.MonkeyPatch):
     kinds = [{"temperature": 0.0}, *TRUNCATIONS[1:], *ADJUSTMENTS]
     seqs = [sequence((3, 4, 3), (6, 6, 10, 5), **{"temperature": 1.0, **kind}) for kind in kinds]
     logits = LOGITS.expand(len(seqs), -1).clone()
-    tokens = sampler_of("torch_ops").sample(logits, seqs)
+    tokens = sample(sampler_of("torch_ops"), logits, seqs)
     with Watched():
         found = sampler_of("torch_ops").choose(logits, seqs)
         rated = sampling.rate(logits, found, 3)
@@ -237,12 +241,12 @@ def test_adjustments_equal_the_plain_formulas(sampler: Sampler, params: dict, ou
     row = LOGITS.clone()
     sampler._adjust(row, seq)
     assert row.tolist() == pytest.approx(adjusted(LOGITS, seq), abs=1e-5)
-    assert sampler.sample(LOGITS.unsqueeze(0), [seq]) == [int(torch.tensor(adjusted(LOGITS, seq)).argmax())]
+    assert sample(sampler, LOGITS.unsqueeze(0), [seq]) == [int(torch.tensor(adjusted(LOGITS, seq)).argmax())]
 
 
 def test_the_logits_are_not_changed(sampler: Sampler):
     logits = LOGITS.unsqueeze(0).clone()
-    sampler.sample(logits, [sequence(temperature=1.0, top_k=2, logit_bias=((0, 9.0),), repetition_penalty=2.0)])
+    sample(sampler, logits, [sequence(temperature=1.0, top_k=2, logit_bias=((0, 9.0),), repetition_penalty=2.0)])
     assert torch.equal(logits[0], LOGITS)
 
 
@@ -251,14 +255,14 @@ def test_min_tokens_forbids_every_end(sampler: Sampler):
     logits[0, [EOS, 5]] = 50.0
     logits[0, 7] = 0.0
     params = {"min_tokens": 2, "stop_token_ids": frozenset({5, VOCAB + 3}), "temperature": 0.0}
-    assert sampler.sample(logits, [sequence(output=[1], **params)]) == [7]
-    assert sampler.sample(logits, [sequence(output=[1, 1], **params)]) == [EOS]
+    assert sample(sampler, logits, [sequence(output=[1], **params)]) == [7]
+    assert sample(sampler, logits, [sequence(output=[1, 1], **params)]) == [EOS]
 
 
 def test_a_neighbours_adjustments_stay_its_own(sampler: Sampler):
     logits = LOGITS.expand(2, -1).clone()
     biased = sequence(temperature=0.0, logit_bias=((5, 100.0),))
-    assert sampler.sample(logits, [sequence(temperature=0.0), biased]) == [3, 5]
+    assert sample(sampler, logits, [sequence(temperature=0.0), biased]) == [3, 5]
 
 
 # -- logprobs -------------------------------------------------------------------------------------------------------

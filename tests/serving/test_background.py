@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
-from loraplex.serving.background import finished
+from loraplex.serving.background import entered, finished
 
 
 class Thing:
@@ -85,3 +85,44 @@ async def test_a_thread_that_fails_then_is_no_news():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_block_is_left_however_it_is_cancelled():
+    """While it is entered, and while it is left."""
+    thing, leaving = Thing(), threading.Event()
+    is_in, never = asyncio.Event(), asyncio.Event()
+
+    @contextmanager
+    def slow_to_leave():
+        with thing.held() as it:
+            try:
+                yield it
+            finally:
+                assert leaving.wait(30)
+
+    async def owner() -> None:
+        async with entered(slow_to_leave()) as it:
+            assert it == "it"
+            is_in.set()
+            await never.wait()
+
+    early = asyncio.ensure_future(owner())
+    await asyncio.to_thread(thing.entering.wait, 30)
+    early.cancel()
+    thing.go_on.set()
+    leaving.set()
+    with pytest.raises(asyncio.CancelledError):
+        await early
+    assert not thing.is_held
+    leaving.clear()
+    late = asyncio.ensure_future(owner())
+    await is_in.wait()
+    assert thing.is_held
+    for _ in range(2):
+        late.cancel()
+        done, _ = await asyncio.wait([late], timeout=0.05)
+        assert not done, "it ended before it was left"
+    leaving.set()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    assert not thing.is_held

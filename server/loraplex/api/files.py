@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,7 @@ from loraplex.lora.files import FILES
 from loraplex.lora.version import Version
 from loraplex.routing.names import parse_model
 from loraplex.service import Service
-from loraplex.serving.background import finished
+from loraplex.serving.background import entered
 
 router = APIRouter(prefix="/v1/adapters")
 
@@ -29,8 +29,8 @@ async def held_files(service: Service, model: str) -> AsyncIterator[tuple[Versio
     """A version, served or not, and the folder of its files, which stay for the length of the block."""
     ref = parse_model(model)
     hold = service.catalog.holding(lambda: service.catalog.registry.look(ref.name, ref.version))
-    with ExitStack() as stack:
-        yield await finished(asyncio.to_thread(stack.enter_context, hold))
+    async with entered(hold) as held:
+        yield held
 
 
 async def _held(model: str, service: TheService) -> AsyncIterator[tuple[Version, Path]]:

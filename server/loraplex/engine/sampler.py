@@ -18,12 +18,9 @@ class Sampler:
         self._eos_token_ids = eos_token_ids
         self._ops = ops
 
-    def sample(self, logits: Tensor, seqs: list[Sequence]) -> list[int]:
-        """The next token of each sequence. `logits` float32 [len(seqs), V]; not changed."""
-        return self.choose(logits, seqs).tolist()
-
     def choose(self, logits: Tensor, seqs: list[Sequence]) -> Tensor:
-        """`sample` as int64 [len(seqs)] on the logits' device: nothing here waits for one."""
+        """The next token of each sequence, int64 [len(seqs)] on the logits' device: nothing here waits for one.
+        `logits` float32 [len(seqs), V]; not changed."""
         if not seqs:
             return torch.empty(0, dtype=torch.int64, device=logits.device)
         work = logits

@@ -61,7 +61,7 @@ class RouteRevisions:
         with self._database.reading() as connection:
             found = _last(connection, alias)
         if found is None or found.document is None:
-            raise _not_found(alias)
+            raise route_not_found(alias)
         return found
 
     def list(self) -> Sequence[RouteRevision]:
@@ -111,7 +111,7 @@ class RouteRevisions:
             within(connection, was, now)
             if now == was:
                 if current is None:
-                    raise _not_found(alias)
+                    raise route_not_found(alias)
                 return current
             number = 1 if current is None else current.revision + 1
             return self._write(connection, RouteRevision(alias, number, number, now, _now(), who), action, was, reason)
@@ -135,7 +135,7 @@ class RouteRevisions:
             current = _claim(connection, alias)
             _expect(alias, current, expected)
             if current is None or current.document is None:
-                raise _not_found(alias)
+                raise route_not_found(alias)
             number = current.origin - 1 if to is None else to
             row = connection.execute(_revisions(alias).where(routes.c.revision == number)).first()
             target = None if row is None else _of_row(row)
@@ -228,7 +228,7 @@ def _expect(alias: str, current: RouteRevision | None, expected: int | None) -> 
         )
 
 
-def _not_found(alias: str) -> ModelNotFound:
+def route_not_found(alias: str) -> ModelNotFound:
     return ModelNotFound(
         f"There is no route {alias[:64]!r}. 'loraplex route show' and GET /v1/routes list those there are."
     )

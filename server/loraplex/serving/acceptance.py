@@ -9,7 +9,7 @@ goes when the proof fails. Until the last step the name means what it meant.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from loraplex.errors import AdapterLoadFailed, AdapterTooLarge, LoraplexError, S
 from loraplex.lora.event import OPERATOR
 from loraplex.lora.parents import UNKNOWN_PARENT
 from loraplex.lora.staging import Staging
-from loraplex.serving.background import Background, finished
+from loraplex.serving.background import Background, entered, finished
 from loraplex.serving.catalog import AdapterCatalog, Catalogued, Prepared
 from loraplex.serving.generation import as_error
 from loraplex.serving.path_proof import PathProof
@@ -98,9 +98,7 @@ class Acceptance:
     async def folder(self, name: str, folder: Path) -> Catalogued:
         """Register an operator's PEFT folder as `name`, once: a later start finds it there."""
         brought = await self._texts.inspect(folder)
-        with ExitStack() as stack:
-            held = self._catalog.store.import_folder(folder, brought.unneeded)
-            staging = await finished(asyncio.to_thread(stack.enter_context, held))
+        async with entered(self._catalog.store.import_folder(folder, brought.unneeded)) as staging:
             known = await asyncio.to_thread(self._catalog.known, name, staging.digest, brought.parent)
             if known is not None:
                 return Catalogued(known, False, known)

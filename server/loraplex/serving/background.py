@@ -1,13 +1,13 @@
 """Background: threads for work that requests must not feel: uploads are written, hashed and checked there. And
-`finished`: how to wait for a thread that takes something."""
+`finished` and `entered`: how to wait for a thread that takes something."""
 
 import asyncio
 import os
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -47,6 +47,16 @@ async def finished(work: Awaitable[T], give_up: Callable[[], object] = lambda: N
         if not future.cancelled():
             future.exception()  # nobody else is there to see it
         raise
+
+
+@asynccontextmanager
+async def entered(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """A `with` block of `manager`, begun and ended in a thread, and ended however this is cancelled."""
+    stack = ExitStack()
+    try:
+        yield await finished(asyncio.to_thread(stack.enter_context, manager))
+    finally:
+        await finished(asyncio.to_thread(stack.close))
 
 
 def _give_way() -> None:

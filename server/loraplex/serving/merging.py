@@ -1,7 +1,6 @@
 """Merging: merged weights by name, and how they stand."""
 
 import asyncio
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +9,7 @@ from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse
 from loraplex.errors import InvalidRequest, ModelNotFound, NotMergeable
 from loraplex.lora.version import Version
-from loraplex.serving.background import finished
+from loraplex.serving.background import entered
 from loraplex.serving.catalog import AdapterCatalog
 from loraplex.serving.generation import as_error
 
@@ -34,8 +33,7 @@ class Merging:
             )
         # its files stay while the engine may read them
         hold = self._catalog.holding(lambda: self._mergeable(name, version))
-        with ExitStack() as stack:
-            found, _ = await finished(asyncio.to_thread(stack.enter_context, hold))
+        async with entered(hold) as (found, _):
             use = AdapterUse(found.digest, found.facts.num_values * self._bytes_per_value)
             status: MergeStatus = await self._engine.command("merge", use=use)
         if status.failure is not None:

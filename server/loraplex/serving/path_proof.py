@@ -8,7 +8,7 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from math import isfinite
 from typing import Any
 
@@ -16,7 +16,7 @@ from loraplex.engine.async_engine import EngineClient
 from loraplex.engine.messages import AdapterUse, Composition, EngineRequest, TokenLogprobs
 from loraplex.engine.sampling_params import SamplingParams
 from loraplex.errors import AdapterInvalid, ProofTimedOut
-from loraplex.serving.background import finished
+from loraplex.serving.background import entered
 from loraplex.serving.catalog import AdapterCatalog, Prepared
 from loraplex.serving.generation import NON_FINITE, as_error
 
@@ -39,9 +39,9 @@ class PathProof:
         values[prepared.digest] = prepared.facts.num_values
         sizes = {digest: count * self._catalog.bytes_per_value for digest, count in values.items()}
         parent = [one.digest for one in prepared.path]
-        with ExitStack() as stack:
+        async with AsyncExitStack() as stack:
             for digest in sizes:  # the files stay while the engine may read them
-                await finished(asyncio.to_thread(stack.enter_context, self._catalog.hold(digest)))
+                await stack.enter_async_context(entered(self._catalog.hold(digest)))
             found = await self._measure(_sum([*parent, prepared.digest], sizes), _sum(parent, sizes))
         return {"adapters": [one.model_id for one in prepared.path], **found}
 

@@ -35,7 +35,7 @@ from loraplex.lora.event import (
     ROUTE_SET,
     SERVER,
 )
-from loraplex.lora.route_revisions import Document, RouteRevision, RouteRevisions, Within
+from loraplex.lora.route_revisions import Document, RouteRevision, RouteRevisions, Within, route_not_found
 from loraplex.routing.composition import parse_composition
 from loraplex.routing.document import JsonObject, document_of, ramp_of, route_of
 from loraplex.routing.guard import Verdict, judge
@@ -416,9 +416,7 @@ class Routes:
 
     def _existing(self, alias: str, document: Document | None) -> Document:
         if document is None:
-            raise ModelNotFound(
-                f"There is no route {alias[:64]!r}. 'loraplex route show' and GET /v1/routes list those there are."
-            )
+            raise route_not_found(alias)
         return document
 
     def _check_versions(self, route: Route) -> None:

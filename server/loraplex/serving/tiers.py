@@ -3,7 +3,7 @@ where."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Literal
 
 import structlog
@@ -14,7 +14,7 @@ from loraplex.engine.messages import AdapterUse, Failure
 from loraplex.errors import AdapterLoadFailed, AdapterQuarantined, InvalidRequest, LoraplexError, ModelNotFound
 from loraplex.lora.pins import Pin
 from loraplex.lora.version import Version
-from loraplex.serving.background import finished
+from loraplex.serving.background import entered
 from loraplex.serving.catalog import AdapterCatalog
 from loraplex.serving.generation import as_error
 
@@ -185,8 +185,7 @@ class Tiers:
     async def _bring(self, version: Version, wish: Wish, room: int = 0) -> None:
         use = AdapterUse(version.digest, self._ram_bytes(version))
         hold = self._catalog.hold(version.digest)  # its files stay while the engine may read them
-        with ExitStack() as stack:
-            await finished(asyncio.to_thread(stack.enter_context, hold))
+        async with entered(hold):
             arguments = {"use": use, "wish": wish, "timeout": TIMEOUT, "room": room}
             failure: Failure | None = await self._engine.command("bring", **arguments)
         if failure is not None:
